@@ -1,0 +1,187 @@
+"""The distributed run as an RLlib Algorithm: workers, replay service, learner and evaluator under one driver.
+
+RLlib gives the shell: worker groups that restart their dead, metrics, callbacks, Tune. The data path is ours:
+episodes go worker → replay → learner by reference, weights learner → workers by Redis; neither passes here.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+from deploy import parts
+from deploy.config import FinetuneConfig
+from deploy.env_runner import GSAEnvRunner
+from deploy.provenance import source_hash
+from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait_until_alive
+from gsa.errors import GsaError
+from gsa.metrics import RunLog
+
+ROUND_S = 0.5  # the driver looks around twice a second; nothing waits for it
+DEADLINE_S = 60.0
+SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib
+
+
+class GSAConfig(AlgorithmConfig):
+    """RLlib's settings for a GSA run: `GSAConfig().for_run(config, run, redis_url).build_algo()`."""
+
+    def __init__(self, algo_class: Any = None) -> None:
+        super().__init__(algo_class=algo_class or GSA)
+        self.finetune: FinetuneConfig | None = None
+        self.run = Path()
+        self.architecture: parts.Architecture | None = None
+        self.redis_url = ""
+        self.replay_name = ""
+        self.sources = ""
+        self.env_runner_cls = GSAEnvRunner
+        self.create_local_env_runner = False
+        self.merge_env_runner_states = self.broadcast_env_runner_states = False
+        self._dont_auto_sync_env_runner_states = True
+        self.restart_failed_env_runners, self.max_num_env_runner_restarts = True, 1_000_000
+        self.delay_between_env_runner_restarts_s, self.env_runner_health_probe_timeout_s = 1.0, 0.05
+        self.num_learners = 1  # our learner's place in Tune's resource request
+
+    def for_run(self, config: FinetuneConfig, run: Path, redis_url: str) -> GSAConfig:
+        """Everything that a run's processes need to know."""
+        self.finetune, self.run, self.redis_url = config, run, redis_url
+        self.architecture, self.sources = parts.Architecture.load(run), source_hash()
+        self.replay_name = f"gsa-replay-{self.architecture.run}"
+        self.num_env_runners = config.workers
+        return self
+
+
+class GSA(Algorithm):
+    """The driver. It watches and writes down; it holds no data, no weights and nobody's time."""
+
+    @classmethod
+    def get_default_config(cls) -> GSAConfig:
+        return GSAConfig()
+
+    def setup(self, config: GSAConfig) -> None:
+        """Starts the processes. RLlib's own learner and connectors are not built: see docs/decisions/learner.md."""
+        self._set_up_metrics()
+        self.config = config
+        finetune = config.finetune
+        if finetune is None or config.architecture is None:
+            raise GsaError("GSAConfig needs for_run(...) before it is built.")
+        self.finetune = finetune
+        self.callbacks = [cls() for cls in _as_list(config.callbacks_class)]
+        self.replay = start_replay(finetune, config.run, config.replay_name, config.sources)
+        wait_until_alive({"The replay service": self.replay})
+        self.learner = start_learner(finetune, config.run, self.replay, config.redis_url, config.sources)
+        self.evaluator = start_evaluator(finetune, config.architecture, config.redis_url, config.sources)
+        self.env_runner_group = EnvRunnerGroup(config=config, local_env_runner=False, tune_trial_id=self.trial_id)
+        workers = self.env_runner_group._worker_manager.actors()
+        wait_until_alive({f"Worker {i}": actor for i, actor in workers.items()})
+        wait_until_alive({"The learner": self.learner, "The evaluator": self.evaluator})
+        ray.get(self.learner.start.remote(), timeout=DEADLINE_S)
+        self.log = RunLog(config.run)
+        self.frames, self.done = 0, False
+        self.latest: dict[str, float] = {}
+        self._evaluation: Any = None
+        self._evaluated = self._episodes = 0
+        self._repeat = parts.task(finetune).action_repeat
+        self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
+
+    def training_step(self) -> None:
+        """One look around: what workers, replay service, learner and evaluator report, written to the run's log."""
+        time.sleep(ROUND_S)
+        report = self._ask("replay service", self.replay.report, self._episodes)
+        if report is None:
+            return
+        self.frames, self.done = report["collected"] * self._repeat, report["target_reached"]
+        values = {**report["stats"], **self._workers(), **(self._ask("learner", self.learner.stats, fatal=True) or {})}
+        for row in report["episodes"]:
+            self.log.write(int(row["frames"]), parts.episode_metrics(row))
+        self._episodes = report["cursor"]
+        if evaluated := self._evaluate(final=self.done):
+            values |= evaluated
+        self.latest |= values
+        self.log.write(self.frames, values)
+        for name, value in values.items():
+            self.metrics.log_value(tuple(name.split("/")), value, window=1)
+
+    def finish(self) -> Path:
+        """Saves the agent and ends every process in order."""
+        folder = Path(ray.get(self.learner.finish.remote(), timeout=180))
+        self.log.close()
+        return folder
+
+    def cleanup(self) -> None:
+        """Ends what was started; also after a failure."""
+        if group := getattr(self, "env_runner_group", None):
+            group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=20)
+            group.stop()
+        for name in ("evaluator", "learner", "replay"):
+            if actor := getattr(self, name, None):
+                ray.kill(actor)
+
+    def restore_env_runners(self, group: EnvRunnerGroup) -> list[int]:
+        """RLlib's hook before each step. A worker gives back its old leases itself; weights come from Redis."""
+        back = group.probe_unhealthy_env_runners()
+        if back:
+            self.latest["driver/worker_restarts"] = self.latest.get("driver/worker_restarts", 0) + len(back)
+        return back
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, str]:
+        """For Tune: where the run lies."""
+        return {"run": str(self.config.run)}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        raise GsaError("A GSA run is not restored from an RLlib checkpoint; start it anew.")
+
+    def _workers(self) -> dict[str, float]:
+        """Sums what the workers counted; asks each for more; kills the one that stays silent."""
+        group = self.env_runner_group
+        values: dict[str, list[float]] = {}
+        for worker, (stats, error) in group.fetch_ready_async_reqs(tags="start"):
+            self._heard[worker] = time.monotonic()
+            if error:
+                raise GsaError(error)
+            for name, value in stats.items():
+                values.setdefault(name, []).append(value)
+        group.foreach_env_runner_async("start", tag="start")
+        for worker in group.healthy_env_runner_ids():
+            if time.monotonic() - self._heard.setdefault(worker, time.monotonic()) > SILENT_S:
+                ray.kill(group._worker_manager.actors()[worker], no_restart=False)
+                self._heard[worker] = time.monotonic()
+        summed = {k: sum(v) if k.endswith("_per_s") else sum(v) / len(v) for k, v in values.items()}
+        return {**summed, "driver/workers": float(group.num_healthy_remote_env_runners())}
+
+    def _evaluate(self, final: bool) -> dict[str, float]:
+        """Starts an evaluation when one is due; returns the one that has ended."""
+        if self._evaluation is not None:
+            ready, _ = ray.wait([self._evaluation], timeout=0)
+            if not ready:
+                return {}
+            reference, self._evaluation = self._evaluation, None
+            try:
+                return ray.get(reference, timeout=DEADLINE_S)
+            except ray.exceptions.RayError:
+                return {"driver/evaluation_errors": 1.0}
+        every = self.finetune.eval_every_frames
+        if not final and self.frames >= self._evaluated + every:
+            self._evaluated = self.frames - self.frames % every
+            self._evaluation = self.evaluator.evaluate.remote(self.finetune.eval_episodes)
+        return {}
+
+    def _ask(self, who: str, method: Any, *arguments: Any, fatal: bool = False) -> Any:
+        """One call with a deadline. A part that Ray is restarting answers None; one that is gone ends the run."""
+        try:
+            return ray.get(method.remote(*arguments), timeout=DEADLINE_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if fatal:
+                raise GsaError(f"The {who} is gone: {error}") from error
+            return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,296 @@
+"""The command `gsa`. Thin: flags come from dataclasses, and what is heavy is imported only once they are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+from deploy.config import FinetuneConfig
+from gsa import __version__
+from gsa import config as configs
+from gsa.errors import GsaError, UsageError
+from learner.config import PretrainConfig
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+ABOUT = "Pre-train a world model on unlabelled trajectories, then specialise it to a task. --debug shows tracebacks."
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: packages, GPU, rendering, Redis, disk."""
+
+    def __call__(self) -> int:
+        from deploy.doctor import examine
+        from deploy.progress import console
+
+        findings = []
+        for finding in examine():
+            findings.append(finding)
+            console.print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:14} {finding.text}", soft_wrap=True)
+        return FAILED if any(not f.ok for f in findings) else 0
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks with embodiment, action size and score rule."""
+
+    def __call__(self) -> int:
+        from actors.tasks import ALL
+
+        for task in ALL:
+            print(f"{task.name:40} {task.embodiment:18} {task.action_dim:3}  {task.score_rule}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Generate a pool of trajectories with scripted policies, planners and noise; no reward is stored."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE:EPISODES")]
+    """What to collect and how many episodes: metaworld/<task>/scripted-<sigma>:20, dmc/<task>/noise-<beta>:10,
+    dmc/<task>/planner-<quality>:5."""
+    out: Path
+    """Folder for the episodes, an npz file each; what is there already is kept."""
+    seed: int = 0
+    processes: int = 0
+    """Parallel processes; 0: one a core."""
+    render: Literal["fast", "faithful"] = "fast"
+    with_reward: bool = False
+    """Store rewards too."""
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        sources = [stages.source_count(text) for text in self.source]
+        return stages.collect(sources, self.out, self.seed, self.processes, self.render, self.with_reward)
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """Read episodes of another format into a trajectory store. Goes on where it stopped; bad files are named."""
+
+    source: Positional[Path]
+    store: Path
+    """The store; created if it is not there."""
+    format: Literal["auto", "npz"] = "auto"
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    """Compression of a new store: none is the fastest to train from."""
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.ingest(self.source, self.store, self.format, self.codec)
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds."""
+
+    store: Positional[Path]
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.store_info(self.store)
+
+
+@dataclass(frozen=True)
+class StoreVerify:
+    """Read everything and check every checksum. Exit code 1 if anything is damaged."""
+
+    store: Positional[Path]
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.store_verify(self.store)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Look into a trajectory store."""
+
+    what: (
+        Annotated[StoreInfo, subcommand("info", prefix_name=False)]
+        | Annotated[StoreVerify, subcommand("verify", prefix_name=False)]
+    )
+
+    def __call__(self) -> int:
+        return self.what()
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train a world model on a store: reward-free, all embodiments. Goes on where it stopped."""
+
+    store: Path
+    out: Path
+    """Folder of the world model, its checkpoints and its log."""
+    settings: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.pretrain(self.store, self.settings, self.out)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Compute the encoder's feature of every first frame of a store, for retrieval. Adds what is new."""
+
+    store: Path
+    world_model: Path
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.index(self.store, self.world_model)
+
+
+@dataclass(frozen=True)
+class Retrieve:
+    """Retrieve the trajectories of a store that start most like a task, and draw their contact sheet."""
+
+    task: str
+    store: Path
+    world_model: Path
+    out: Path
+    """Folder for rehearsal.json and contact_sheet.png."""
+    k: int = 500
+    queries: int = 1
+    random: bool = False
+    """Draw k trajectories of the embodiment at random instead."""
+    seed: int = 0
+    render: Literal["fast", "faithful"] = "fast"
+    imports: tuple[str, ...] = ()
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.retrieve(self)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Specialise a pre-trained world model to one task with few online interactions. --config FILE: start from YAML."""
+
+    settings: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+
+    def __call__(self) -> int:
+        from deploy import run
+
+        run.finetune(self.settings)
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Play whole episodes with the policy of an agent's folder, by its mean action."""
+
+    agent: Positional[Path]
+    task: str
+    episodes: int = 20
+    seed: int = 0
+    render: Literal["fast", "faithful"] = "fast"
+    video: Path | None = None
+    """Also write the first episode as mp4."""
+    imports: tuple[str, ...] = ()
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.evaluate(self.agent, self.task, self.episodes, self.seed, self.render, self.video, self.imports)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a run, finished or not."""
+
+    run: Positional[Path]
+
+    def __call__(self) -> int:
+        from deploy import run
+
+        run.report(self.run)
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole way on this machine: collect a pool, ingest, pre-train, index, fine-tune over Ray and Redis, report."""
+
+    out: Path = Path("demo")
+    quick: bool = False
+    """Small enough for three minutes: shows that everything runs, not that it learns."""
+    seed: int = 0
+
+    def __call__(self) -> int:
+        from deploy.demo import demo
+
+        return demo(self.out, self.quick, self.seed)
+
+
+Command = (
+    Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Tasks, subcommand("tasks")]
+    | Annotated[Collect, subcommand("collect")]
+    | Annotated[Ingest, subcommand("ingest")]
+    | Annotated[Store, subcommand("store")]
+    | Annotated[Pretrain, subcommand("pretrain")]
+    | Annotated[Index, subcommand("index")]
+    | Annotated[Retrieve, subcommand("retrieve")]
+    | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Demo, subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done, 1 it failed or found faults, 2 wrong use, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    if given == ["--version"]:
+        print(f"gsa {__version__}")
+        return 0
+    try:
+        return _parse(given)()
+    except GsaError as error:
+        if debug:
+            raise
+        print(f"gsa: {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print("gsa: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"gsa: {type(error).__name__}: {error} (this is a bug; --debug shows where)", file=sys.stderr)
+        return FAILED
+
+
+def _parse(given: list[str]) -> Callable[[], int]:
+    """The command that the flags describe. `finetune --config FILE` starts from a file, such as a run's config.yaml."""
+    if given[:1] == ["finetune"] and "--config" in given:
+        at = given.index("--config")
+        if at + 1 == len(given):
+            raise UsageError("--config needs a file.")
+        default = configs.load(FinetuneConfig, given[at + 1])
+        rest = given[1:at] + given[at + 2 :]
+        return Finetune(tyro.cli(FinetuneConfig, prog="gsa finetune", default=default, args=rest))
+    return tyro.cli(Command, prog="gsa", description=ABOUT, args=given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

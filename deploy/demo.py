@@ -1,0 +1,109 @@
+"""`gsa demo`: the main job end to end on this machine, small; the commands of the README in one process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from actors.guidance import GuidanceConfig
+from deploy import run as runs
+from deploy import stages
+from deploy.config import FinetuneConfig
+from deploy.progress import console
+from gsa.errors import UsageError
+from learner.config import CloneConfig, ComputeConfig, LearnerConfig, PretrainConfig
+
+TASK = "metaworld/reach-v3"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    sources: tuple[tuple[str, int], ...]
+    pretrain_updates: int
+    clone_steps: int
+    finetune: FinetuneConfig
+
+
+def plan(quick: bool, out: Path, seed: int) -> Plan:
+    """The full demo takes under 15 minutes on 2 cores, the quick one under 3."""
+    n = 2 if quick else 12
+    sources = (
+        ("metaworld/reach-v3/scripted-0.5", n), ("metaworld/reach-v3/scripted-2", n),
+        ("metaworld/drawer-close-v3/scripted-1", n), ("metaworld/button-press-topdown-v3/scripted-1", n),
+        ("metaworld/window-close-v3/scripted-1", n), ("dmc/cartpole-balance/noise-1", n // 2),
+        ("dmc/walker-walk/noise-1", n // 2), ("dmc/walker-walk/planner-0.5", max(1, n // 6)),
+    )  # fmt: skip
+    finetune = FinetuneConfig(
+        task=TASK,
+        store=out / "pool",
+        world_model=out / "world_model",
+        out=out / "run",
+        seed=seed,
+        workers=2,
+        budget_frames=1_200 if quick else 10_000,
+        warmup_frames=600 if quick else 2_000,
+        warmup_episodes=2,
+        batch=16,
+        length=16 if quick else 32,
+        train_ratio=16.0 if quick else 32.0,
+        retrieve_k=20 if quick else 60,
+        eval_every_frames=600 if quick else 2_000,
+        eval_episodes=1 if quick else 5,
+        final_episodes=2 if quick else 20,
+        guidance=GuidanceConfig(schedule="linear(1,0.1,4000)"),
+        clone=CloneConfig(steps=60 if quick else 1_000, batch=64, evaluate_every=30 if quick else 100, seed=seed),
+        learner=LearnerConfig(compute=ComputeConfig(threads=1)),
+    )
+    return Plan(sources, 20 if quick else 600, 60 if quick else 1_000, finetune)
+
+
+def demo(out: Path, quick: bool, seed: int) -> int:
+    """Collect, ingest, pre-train, index, fine-tune, report; prints times and where things lie."""
+    from actors.rendering import choose_backend
+
+    choose_backend()
+    out = out.resolve()
+    if (out / "run").exists():
+        raise UsageError(f"{out / 'run'} is there from an earlier demo; delete {out} or choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = plan(quick, out, seed)
+    started = time.perf_counter()
+    with runs.stage(out, "collect"):
+        stages.collect(settings.sources, out / "episodes", seed, 0, "fast", False)
+    with runs.stage(out, "ingest"):
+        stages.ingest(out / "episodes", out / "pool", "auto", "none")
+    stages.store_info(out / "pool")
+    config = settings.finetune
+    pretrain = PretrainConfig(
+        model="tiny", updates=settings.pretrain_updates, batch=config.batch, length=config.length, seed=seed
+    )
+    with runs.stage(out, "pre-train"):
+        stages.pretrain(out / "pool", pretrain, out / "world_model")
+    with runs.stage(out, "index"):
+        stages.index(out / "pool", out / "world_model")
+    runs.finetune(replace(config))
+    _print_times(out, time.perf_counter() - started)
+    return 0
+
+
+def _print_times(out: Path, seconds: float) -> None:
+    import json
+
+    table = Table(title="Time", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for folder in (out, out / "run"):
+        for row in json.loads((folder / "stages.json").read_text()):
+            table.add_row(row["stage"], f"{row['seconds']:.0f}")
+    table.add_row("all", f"{seconds:.0f}")
+    console.print(table)
+    for name, what in (
+        ("episodes", "collected episodes"), ("pool", "trajectory store"), ("world_model", "pre-trained world model"),
+        ("run", "fine-tuning run: report.html, video.mp4, contact_sheet.png, metrics.jsonl, agent/"),
+    ):  # fmt: skip
+        console.print(f"{out / name}: {what}", soft_wrap=True)

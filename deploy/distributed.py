@@ -1,0 +1,98 @@
+"""A whole run over Ray and Redis: starts what it is not given, drives the algorithm to its budget, ends it in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from deploy import parts
+from deploy.config import FinetuneConfig
+from deploy.provenance import require_own_packages
+from deploy.redis_server import EmbeddedRedis
+from gsa.errors import GsaError, UsageError
+from gsa.metrics import Progress
+
+STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}  # fmt: skip
+SILENT = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def run_distributed(config: FinetuneConfig, run: Path, progress: Progress) -> Path:
+    """Workers, replay service, learner and evaluator as Ray actors. Returns the agent's folder."""
+    require_own_packages()
+    with ExitStack() as stack:
+        _start_ray(config, stack)
+        redis_url = config.redis_url or _start_redis(config, stack)
+        from deploy.algorithm import GSAConfig  # imports rllib, so only after the environment is set
+
+        logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+        algorithm = GSAConfig().for_run(config, run, redis_url).build_algo()
+        stack.callback(algorithm.stop)
+        moved, seen = time.monotonic(), (-1.0, -1.0)
+        while not algorithm.done:
+            algorithm.train()
+            now = (algorithm.frames, algorithm.latest.get("replay/sampled", 0.0))
+            if now != seen:
+                moved, seen = time.monotonic(), now
+            elif time.monotonic() - moved > STALLED_S:
+                raise GsaError(f"Nothing was collected or learned for {STALLED_S:.0f} s; see {run / 'metrics.jsonl'}.")
+            progress(algorithm.frames, config.budget_frames, parts.headline(algorithm.latest))
+        return algorithm.finish()
+
+
+def needed_cpus(config: FinetuneConfig) -> int:
+    """Workers, driver, replay service, learner and evaluator; each is one of Ray's CPUs."""
+    return config.workers + 4
+
+
+def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
+    """Joins the cluster at ray_address, or starts one on this machine that accepts nobody from outside."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if config.ray_address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        raise UsageError("Ray is already initialised in this process; gsa starts or joins a cluster itself.")
+    variables = {k: os.environ[k] for k in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if k in os.environ}
+    runtime = {"env_vars": {**variables, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}}
+    try:
+        if config.ray_address is None:
+            cpus = max(os.cpu_count() or 1, needed_cpus(config))
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env=runtime,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=config.ray_address, log_to_driver=False, runtime_env=runtime, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"Cannot reach a Ray cluster at '{config.ray_address}': {error}") from error
+    stack.callback(ray.shutdown)
+    free = ray.available_resources().get("CPU", 0)
+    if free < needed_cpus(config):
+        raise UsageError(
+            f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
+            f"evaluator need {needed_cpus(config)}: lower --workers or add nodes."
+        )
+
+
+def _start_redis(config: FinetuneConfig, stack: ExitStack) -> str:
+    """A server of our own: on loopback, or on this node's address where the workers may be elsewhere."""
+    host = "127.0.0.1"
+    if config.ray_address is not None:
+        import ray
+
+        host = ray.util.get_node_ip_address()
+    return stack.enter_context(EmbeddedRedis(host)).url

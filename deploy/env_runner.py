@@ -1,0 +1,90 @@
+"""The environment worker as an RLlib EnvRunner: RLlib starts and restarts it; it collects in a thread of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.utils.checkpoints import Checkpointable
+
+from deploy import parts
+from deploy.provenance import require_same_sources
+from deploy.ray_actors import PRIOR
+from deploy.ray_links import RayReplayLink
+from gsa.broadcast import RedisSubscriber
+
+HUNG_S = 60.0  # no agent step and no idle turn for so long: the simulator hangs
+
+
+class GSAEnvRunner(EnvRunner, Checkpointable):
+    """Collects free of driver and learner once start() was called; the other methods are RLlib's interface."""
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        require_same_sources(config.sources, "A worker")
+        parts.limit_threads(1)
+        self.name = f"worker-{self.worker_index}"
+        self._replay = ray.get_actor(config.replay_name)
+        ray.get(self._replay.release.remote(self.name), timeout=60)  # leases of the one that died before
+        self._link = RayReplayLink(self._replay, self.name)
+        about = config.architecture
+        self._weights = RedisSubscriber(config.redis_url, about.run)
+        prior = RedisSubscriber(config.redis_url, about.run, PRIOR) if about.prior is not None else None
+        self.worker = parts.env_worker(config.finetune, about, self.name, self._link, self._weights, prior)
+        self._stopped = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._collect, name=self.name, daemon=True)
+
+    def start(self) -> tuple[dict[str, float], str | None]:
+        """Starts collecting if it has not; returns what was counted since the last call, and what ended it if so."""
+        if not self._thread.is_alive() and self._error is None and not self._stopped.is_set():
+            self._thread.start()
+        if time.monotonic() - self.worker.last_progress > HUNG_S:
+            os._exit(1)  # a simulator that hangs cannot be stopped otherwise; Ray starts the worker anew
+        error = None if self._error is None else f"{self.name} stopped: {self._error}"
+        return {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}, error
+
+    def assert_healthy(self) -> None:
+        """RLlib's probe: the constructor has run."""
+        assert self.worker is not None
+
+    def sample(self, **_: Any) -> list[Any]:
+        """Nothing: episodes go to the replay service, never through the driver."""
+        return []
+
+    def get_spaces(self) -> dict[str, Any]:
+        return {}
+
+    def get_metrics(self) -> dict[str, float]:
+        return self.worker.stats()
+
+    def get_state(self, components: Any = None, *, not_components: Any = None, **_: Any) -> dict[str, Any]:
+        return {}  # all there is to know lies in leases and snapshots
+
+    def set_state(self, state: Any) -> None:
+        pass
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple, dict[str, Any]]:
+        return (), {"config": self.config}
+
+    def get_checkpointable_components(self) -> list[Any]:
+        return []
+
+    def stop(self) -> None:
+        """Ends collecting; hands over what is finished, gives back what is not."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._link.flush(deadline_s=10)
+        self._weights.close()
+        self.worker.close()
+
+    def _collect(self) -> None:
+        try:
+            self.worker.run(self._stopped.is_set)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,112 @@
+"""How good a policy is: whole episodes by the mean action, with intervals; the last evaluation of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.environment import Environment, make
+from actors.worker import WeightLink
+from deploy import parts
+from deploy.config import FinetuneConfig
+from gsa.errors import SpecMismatch, Unavailable
+from gsa.metrics import Progress, bootstrap_interval
+from gsa.schema import Trajectory
+
+BATCH = 5  # environments stepped together
+SEED = 1_000_000  # evaluation's episodes are none of training's, and the same for every policy and method
+
+
+def summary(played: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean score and return over episodes, and the score's 95 % bootstrap interval."""
+    scores = [t.stats["score"] for t in played]
+    low, high = bootstrap_interval(scores)
+    returns = float(np.mean([t.stats["return"] for t in played]))
+    return {"score": float(np.mean(scores)), "score_low": low, "score_high": high, "return": returns}
+
+
+class Evaluator:
+    """Plays whole episodes with the newest published weights, beside a run. Plain; a launcher may wrap it."""
+
+    def __init__(self, config: FinetuneConfig, about: parts.Architecture, weights: WeightLink) -> None:
+        self._config, self._weights = config, weights
+        self._environment = parts.environment(config)
+        self._policy = parts.guided_policy(about, 1, prior=False)
+        self._version = -1
+
+    def evaluate(self, episodes: int) -> dict[str, float]:
+        """Mean score and return of the newest policy's mean action; always the same episodes."""
+        if (snapshot := self._weights.poll()) is not None:
+            self._policy.load_tensors(snapshot.tensors)
+            self._version = snapshot.version
+        if self._version < 0:
+            raise Unavailable("No weights have been published yet.")
+        played = parts.play([self._environment], self._policy, "policy", episodes, self._config.seed + SEED)
+        return {**{f"eval/{k}": v for k, v in summary(played).items()}, "eval/policy_version": float(self._version)}
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> dict[str, Any]:
+    """Random policy, prior alone and fine-tuned policy on the same episodes; writes evaluation.json and video.mp4."""
+    from gsa.agent.agent import Agent
+    from reports.video import side_by_side, write_mp4
+
+    batch = min(BATCH, config.final_episodes)
+    policy = parts.guided_policy(parts.Architecture.load(run), batch)
+    policy.load_tensors(Agent.load(run / "agent").acting_tensors())
+    if config.guides:
+        policy.load_prior(parts.prior_tensors(run))
+    who = {"random": "random", **({"prior": "prior"} if config.guides else {}), "finetuned": "policy"}
+    environments = [parts.environment(config) for _ in range(batch)]
+    results: dict[str, Any] = {}
+    films: dict[str, np.ndarray] = {}
+    try:
+        for name, controller in who.items():
+            progress(len(results) * config.final_episodes, len(who) * config.final_episodes, {})
+            played = parts.play(environments, policy, controller, config.final_episodes, config.seed + SEED)
+            films[name] = np.asarray(played[0].observation["pixels"])
+            results[name] = {
+                "returns": [t.stats["return"] for t in played], "scores": [t.stats["score"] for t in played],
+                "frames": config.budget_frames if name == "finetuned" else 0,
+            }  # fmt: skip
+        progress(len(who) * config.final_episodes, len(who) * config.final_episodes, {})
+    finally:
+        _close(environments)
+    write_mp4(run / "video.mp4", side_by_side(films), fps=20)
+    text = json.dumps({"task": config.task, "policies": results}, indent=1)
+    parts.write_atomically(run / "evaluation.json", text.encode())
+    return results
+
+
+def evaluate_agent(
+    folder: Path, task: str, episodes: int, seed: int, render: str, video: Path | None, imports: Sequence[str] = ()
+) -> dict[str, float]:
+    """The policy of an agent's folder on `episodes` episodes of a task."""
+    from gsa.agent.agent import Agent
+    from gsa.agent.policy import GuidedPolicy
+    from reports.video import write_mp4
+
+    agent = Agent.load(folder)
+    environments = [make(task, render, imports) for _ in range(min(BATCH, episodes))]  # type: ignore[arg-type]
+    try:
+        if (has := environments[0].spec.action_dim) != agent.action_dim:
+            raise SpecMismatch(f"The agent in {folder} has {agent.action_dim} actions, {task} has {has}.")
+        policy = GuidedPolicy(agent.world_model.config, agent.config, agent.action_dim, len(environments))
+        policy.load_tensors(agent.acting_tensors())
+        played = parts.play(environments, policy, "policy", episodes, seed + SEED)
+    finally:
+        _close(environments)
+    if video is not None:
+        write_mp4(video, np.asarray(played[0].observation["pixels"]), fps=20)
+    return summary(played)
+
+
+def _close(environments: Sequence[Environment]) -> None:
+    for environment in environments:
+        environment.close()

@@ -1,0 +1,202 @@
+"""The parts of a run, built from its config and its folder alone: the same in one process and in many.
+
+Run folder: config.yaml, architecture.json, rehearsal.json, contact_sheet.png, prior/, online/ (store), metrics.jsonl,
+tensorboard/, agent/ (the result), evaluation.json, video.mp4, report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors import tasks
+from actors.environment import Environment, make
+from actors.guidance import GuidanceConfig
+from actors.rollout import ActingPolicy, Rollout
+from actors.worker import EnvWorker, ReplayLink, WeightLink
+from deploy.config import FinetuneConfig
+from gsa import config as configs
+from gsa.agent.sizes import BehaviourConfig, PriorConfig, WorldModelConfig
+from gsa.schema import Batch, Lease, Trajectory, WeightSnapshot
+from replay_service.service import ReplayService
+from retrieval.retriever import RehearsalSet
+from retrieval.store import TrajectoryStore
+
+if TYPE_CHECKING:
+    from gsa.agent.policy import GuidedPolicy
+    from gsa.broadcast import Publisher
+    from learner.finetune import FineTuner
+    from learner.loop import LearnerLoop
+
+
+def limit_threads(n: int) -> None:
+    """Numeric threads of this process: workers keep to one, else they fight the learner at barriers."""
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def task(config: FinetuneConfig) -> tasks.Task:
+    return tasks.find(config.task, config.imports)
+
+
+def environment(config: FinetuneConfig) -> Environment:
+    return make(config.task, config.render, config.imports)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a process must know to build the run's networks; their weights come by broadcast or from files."""
+
+    run: (
+        str  # the run's name on Redis and in the ids of its trajectories: no other run's, whatever its folder is called
+    )
+    model: WorldModelConfig
+    behaviour: BehaviourConfig
+    prior: PriorConfig | None  # None: the method has no prior actor
+    action_dim: int
+
+    @classmethod
+    def load(cls, run: Path) -> Architecture:
+        return configs.load(cls, run / "architecture.json")
+
+    def save(self, run: Path) -> None:
+        (run / "architecture.json").write_text(json.dumps(configs.to_dict(self), indent=1))
+
+
+def unique_name(run: Path) -> str:
+    """A name for a new run: its folder's, as Redis keys allow, and a random part."""
+    return re.sub(r"[^\w.+-]", "-", run.name) + "-" + secrets.token_hex(4)
+
+
+def replay_service(config: FinetuneConfig, run: Path) -> ReplayService:
+    """The service over the run's online store, created if it is not there, and the pool's rehearsal set."""
+    online = run / "online"
+    store = TrajectoryStore.open(online, write=True) if online.exists() else TrajectoryStore.create(online)
+    with environment(config) as env:
+        spec, steps = env.spec, env.episode_steps
+    pool = rows = None
+    if config.rehearses:
+        assert config.store is not None
+        pool = TrajectoryStore.open(config.store)
+        rows = np.array(RehearsalSet.load(run / "rehearsal.json").rows, np.int64)
+    settings = config.replay(spec.action_repeat, steps)
+    return ReplayService(settings, store, spec, pool, rows, Architecture.load(run).model.max_action_dim, config.seed)
+
+
+def fine_tuner(config: FinetuneConfig, run: Path) -> FineTuner:
+    """The learner's state at the start of the run."""
+    from gsa.agent.agent import Agent
+    from gsa.agent.world_model import WorldModel
+    from learner.finetune import FineTuner
+
+    about = Architecture.load(run)
+    if config.uses_pool:
+        assert config.world_model is not None
+        world_model = WorldModel.load(config.world_model)
+    else:
+        world_model = WorldModel.create(about.model, config.seed)
+    agent = Agent.create(world_model, about.behaviour, about.action_dim, config.seed)
+    return FineTuner(agent, config.learner, config.seed)
+
+
+def learner_loop(
+    config: FinetuneConfig, tuner: FineTuner, sample: Callable[[], Batch | None], publish: Callable[..., object]
+) -> LearnerLoop:
+    from learner.loop import LearnerLoop
+
+    return LearnerLoop(tuner, sample, publish, config.learner.publish_every, config.learner.publish_every_s)
+
+
+def publish_to(publisher: Publisher) -> Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], object]:
+    """The learner's way to publish: a snapshot's version is the number of updates it has seen."""
+    return lambda tensors, meta: publisher.publish(WeightSnapshot(int(meta["updates"]), tensors, meta))
+
+
+def headline(values: Mapping[str, float]) -> dict[str, float]:
+    """What a progress bar shows of a run's metrics."""
+    shown = {"learner/updates": "updates", "eval/score": "score", "learner/updates_done_per_s": "updates/s"}
+    return {label: values[name] for name, label in shown.items() if name in values}
+
+
+def save_agent(tuner: FineTuner, config: FinetuneConfig, run: Path) -> Path:
+    """The result of the run: what `gsa.load_policy` opens."""
+    tuner.agent.save(run / "agent", {"task": config.task, "method": config.method, "updates": tuner.updates})
+    return run / "agent"
+
+
+def guided_policy(about: Architecture, envs: int, prior: bool = True) -> GuidedPolicy:
+    """A policy that waits for its weights, with a prior actor if the method has one and it is wanted."""
+    from gsa.agent.policy import GuidedPolicy
+    from gsa.agent.prior_actor import PriorActor
+
+    cloned = PriorActor(about.prior, about.action_dim) if prior and about.prior is not None else None
+    return GuidedPolicy(about.model, about.behaviour, about.action_dim, envs, cloned)
+
+
+def prior_tensors(run: Path) -> dict[str, np.ndarray]:
+    """The weights of the run's prior actor."""
+    from gsa.agent.prior_actor import PriorActor
+
+    return {k: v.numpy() for k, v in PriorActor.load(run / "prior").state_dict().items()}
+
+
+def env_worker(
+    config: FinetuneConfig,
+    about: Architecture,
+    name: str,
+    replay: ReplayLink,
+    weights: WeightLink,
+    prior: WeightLink | None,
+) -> EnvWorker:
+    """A worker with its E environments. Needs no file of the run, so it may live on any node."""
+    remake = partial(environment, config)
+    environments = [remake() for _ in range(config.envs)]
+    policy = guided_policy(about, config.envs)
+    rollout = Rollout(environments, policy, config.guidance, about.prior is not None, config.seed, about.run)
+    return EnvWorker(name, rollout, replay, weights, prior, remake)
+
+
+def play(
+    environments: Sequence[Environment], policy: ActingPolicy, who: str, episodes: int, seed: int
+) -> list[Trajectory]:
+    """Whole episodes under one controller, for evaluation: "random", "prior" or "policy" by its mean."""
+    alone = GuidanceConfig(schedule="constant(0)")
+    rollout = Rollout(environments, policy, alone, who == "prior", seed, "evaluation", sample=False)
+    played: dict[int, Trajectory] = {}
+    begun = 0
+    while len(played) < episodes:
+        for slot in rollout.free_slots:
+            if begun < episodes:
+                steps = environments[slot].episode_steps
+                rollout.begin(slot, Lease(begun, steps, 0, warmup=who != "policy"))
+                begun += 1
+        actions = rollout.act()
+        for slot, episode in enumerate(rollout.episodes):
+            if episode is not None and (trajectory := rollout.step(slot, actions[slot])) is not None:
+                played[episode.lease.episode] = trajectory
+    return [played[i] for i in range(episodes)]
+
+
+def episode_metrics(row: Mapping[str, float]) -> dict[str, float]:
+    """A collected episode as a row of the run's log."""
+    return {f"episode/{k}": row[k] for k in ("return", "score", "guided_share", "steps") if k in row}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, never half."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,158 @@
+"""The replay service and the learner as Ray actors: thin shells around the plain classes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deploy import parts
+from deploy.config import FinetuneConfig
+from deploy.evaluate import Evaluator
+from deploy.provenance import require_same_sources
+from deploy.ray_links import RayBatchLink
+from gsa.broadcast import RedisPublisher, RedisSubscriber
+from gsa.errors import GsaError
+from gsa.schema import Batch, Lease, NoLease, Trajectory, WeightSnapshot
+
+PRIOR = "prior"  # the group of weights that the prior actor is published in
+
+
+class ReplayActor:
+    """Owns the run's ReplayService; restarted by Ray, it finds every acknowledged episode in the online store."""
+
+    def __init__(self, config: FinetuneConfig, run: Path, sources: str) -> None:
+        require_same_sources(sources, "The replay service")
+        self._state = run / "replay.json"
+        self._service = parts.replay_service(config, run)
+        if self._state.exists():
+            self._service.restore(json.loads(self._state.read_text()))
+
+    def lease(self, worker: str) -> Lease | NoLease:
+        return self._service.lease(worker)
+
+    def add(self, worker: str, episode: int, trajectory: Trajectory) -> bool:
+        return self._service.add(worker, episode, trajectory)
+
+    def release(self, worker: str, episode: int | None = None) -> int:
+        return self._service.release(worker, episode)
+
+    def sample(self) -> Batch | None:
+        return self._service.sample()
+
+    def report(self, cursor: int) -> dict[str, Any]:
+        """What the driver asks for once a round. Saves, on the way, what a restart cannot find in the store."""
+        service = self._service
+        parts.write_atomically(self._state, json.dumps(service.state()).encode())
+        episodes, cursor = service.drain_episodes(cursor)
+        return {
+            "collected": service.collected, "target_reached": service.target_reached, "stats": service.stats(),
+            "episodes": episodes, "cursor": cursor,
+        }  # fmt: skip
+
+
+class LearnerActor:
+    """Owns the FineTuner and its publisher; learns in a thread of its own, free of the driver."""
+
+    def __init__(self, config: FinetuneConfig, run: Path, replay: Any, redis_url: str, sources: str) -> None:
+        require_same_sources(sources, "The learner")
+        self._run = run
+        self._config = config
+        about = parts.Architecture.load(run)
+        self._weights = RedisPublisher(redis_url, about.run)
+        self._prior = None
+        if about.prior is not None:
+            self._prior = RedisPublisher(redis_url, about.run, PRIOR)  # kept, as it republishes into an empty server
+            self._prior.publish(WeightSnapshot(0, parts.prior_tensors(run)))
+        self._tuner = parts.fine_tuner(config, run)
+        sample = RayBatchLink(replay).sample
+        self._loop = parts.learner_loop(config, self._tuner, sample, parts.publish_to(self._weights))
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._learn, name="learner", daemon=True)
+
+    def start(self) -> None:
+        """Publishes the first weights and starts to learn."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def stats(self) -> dict[str, float]:
+        """Raises what ended the learning, if anything did."""
+        if self._error is not None:
+            raise GsaError(f"The learner stopped: {self._error}") from self._error
+        return {**self._loop.stats(), **self._weights.stats()}
+
+    def finish(self) -> str:
+        """Stops learning, publishes the last weights and saves the agent. Returns its folder."""
+        self._stop.set()
+        self._thread.join(timeout=120)
+        if self._thread.is_alive():
+            raise GsaError("The learner did not end its update within 120 s.")
+        folder = parts.save_agent(self._tuner, self._config, self._run)
+        for publisher in (self._weights, self._prior):
+            if publisher is not None:
+                publisher.close()
+        return str(folder)
+
+    def _learn(self) -> None:
+        try:
+            self._loop.run(self._stop)
+        except BaseException as error:
+            self._error = error
+
+
+class EvaluatorActor:
+    """Owns an Evaluator with a subscription of its own."""
+
+    def __init__(self, config: FinetuneConfig, about: parts.Architecture, redis_url: str, sources: str) -> None:
+        require_same_sources(sources, "The evaluator")
+        parts.limit_threads(1)
+        self._evaluator = Evaluator(config, about, RedisSubscriber(redis_url, about.run))
+
+    def evaluate(self, episodes: int) -> dict[str, float]:
+        return self._evaluator.evaluate(episodes)
+
+
+def start_replay(config: FinetuneConfig, run: Path, name: str, sources: str) -> Any:
+    """The replay service as a named actor that outlives its crashes, beside the driver, where the run folder is."""
+    actor = ray.remote(ReplayActor).options(
+        name=name, num_cpus=1, max_restarts=-1, max_concurrency=4, scheduling_strategy=_here(soft=False)
+    )
+    return actor.remote(config, run, sources)
+
+
+def start_evaluator(config: FinetuneConfig, about: parts.Architecture, redis_url: str, sources: str) -> Any:
+    """The evaluator; Ray restarts it if it dies."""
+    return ray.remote(EvaluatorActor).options(num_cpus=1, max_restarts=-1).remote(config, about, redis_url, sources)
+
+
+def start_learner(config: FinetuneConfig, run: Path, replay: Any, redis_url: str, sources: str) -> Any:
+    """The learner, on a GPU if it is to use one: beside the driver if it can, else where the run folder is shared."""
+    device = config.learner.compute.device
+    gpus = 1 if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1) else 0
+    actor = ray.remote(LearnerActor).options(
+        num_cpus=1, num_gpus=gpus, max_concurrency=2, scheduling_strategy=_here(soft=True)
+    )
+    return actor.remote(config, run, replay, redis_url, sources)
+
+
+def _here(soft: bool) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=soft)
+
+
+def wait_until_alive(actors: Mapping[str, Any], deadline_s: float = 180.0) -> None:
+    """Raises GsaError, naming the first actor that does not come up in time and what it said."""
+    end = time.monotonic() + deadline_s
+    for name, actor in actors.items():
+        try:
+            ray.get(actor.__ray_ready__.remote(), timeout=max(1.0, end - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            raise GsaError(f"{name} did not start within {deadline_s:.0f} s: is the cluster full?") from None
+        except ray.exceptions.RayActorError as error:
+            raise GsaError(f"{name} did not start: {str(error).strip().splitlines()[-1]}") from error

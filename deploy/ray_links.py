@@ -1,0 +1,115 @@
+"""The links between processes over Ray: what a worker and the learner hold of the replay service.
+
+No call waits without a deadline; an answer that does not come is asked for again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from gsa.metrics import Meter
+from gsa.schema import Batch, Lease, NoLease, Trajectory
+
+IN_FLIGHT = 4  # episodes a worker may have under way to replay; then it waits
+ANSWER_S = 0.005  # how long a worker with nothing to step waits for a lease before it looks again
+DEADLINE_S = 60.0
+
+
+@dataclass
+class _Delivery:
+    episode: int
+    trajectory: Any  # reference in the object store, so that a second try costs nothing
+    answer: Any
+    since: float
+
+
+class RayReplayLink:
+    """A worker's end: leases arrive when they do, episodes are handed over by reference and kept until acknowledged."""
+
+    def __init__(self, replay: Any, name: str) -> None:
+        self._replay, self._name = replay, name
+        self._lease: Any = None
+        self._lease_since = 0.0
+        self._deliveries: deque[_Delivery] = deque()
+        self.meter = Meter("link")
+
+    def lease(self, worker: str) -> Lease | NoLease:
+        if self._lease is None or time.monotonic() - self._lease_since > DEADLINE_S:
+            self._lease, self._lease_since = self._replay.lease.remote(worker), time.monotonic()
+        self._settle()
+        ready, _ = ray.wait([self._lease], timeout=ANSWER_S)
+        if not ready:
+            return NoLease.WAIT
+        reference, self._lease = self._lease, None
+        try:
+            return ray.get(reference, timeout=DEADLINE_S)
+        except RayError:  # the service is being restarted
+            self.meter.count("replay_errors")
+            return NoLease.WAIT
+
+    def add(self, worker: str, episode: int, trajectory: Trajectory) -> None:
+        """Waits only while four episodes are under way: back-pressure instead of growth."""
+        reference = ray.put(trajectory)
+        answer = self._replay.add.remote(worker, episode, reference)
+        self._deliveries.append(_Delivery(episode, reference, answer, time.monotonic()))
+        while len(self._deliveries) >= IN_FLIGHT:
+            self._settle(wait_s=1.0)
+
+    def release(self, worker: str, episode: int) -> None:
+        self._replay.release.remote(worker, episode)
+
+    def flush(self, deadline_s: float = DEADLINE_S) -> bool:
+        """Waits until every episode is acknowledged; False if the deadline came first."""
+        end = time.monotonic() + deadline_s
+        while self._deliveries and time.monotonic() < end:
+            self._settle(wait_s=0.2)
+        return not self._deliveries
+
+    def _settle(self, wait_s: float = 0.0) -> None:
+        """Takes what was acknowledged off the list; sends again what failed or stayed unanswered."""
+        if not self._deliveries:
+            return
+        ready, _ = ray.wait([d.answer for d in self._deliveries], num_returns=1, timeout=wait_s)
+        for delivery in list(self._deliveries):
+            if delivery.answer in ready:
+                try:
+                    if not ray.get(delivery.answer, timeout=DEADLINE_S):
+                        self.meter.count("refused")  # its lease had run out: the steps were leased to another
+                    self._deliveries.remove(delivery)
+                    continue
+                except RayError:
+                    self.meter.count("replay_errors")
+                    time.sleep(0.2)
+            elif time.monotonic() - delivery.since < DEADLINE_S:
+                continue
+            delivery.answer = self._replay.add.remote(self._name, delivery.episode, delivery.trajectory)
+            delivery.since = time.monotonic()
+
+
+class RayBatchLink:
+    """The learner's end: two batches are always under way, so that sampling hides behind the update."""
+
+    def __init__(self, replay: Any, depth: int = 2) -> None:
+        self._replay, self._depth = replay, depth
+        self._pending: deque[tuple[Any, float]] = deque()
+
+    def sample(self) -> Batch | None:
+        """The next batch, or None if there is none yet. Its arrays are read-only views of the object store."""
+        while len(self._pending) < self._depth:
+            self._pending.append((self._replay.sample.remote(), time.monotonic()))
+        reference, since = self._pending[0]
+        ready, _ = ray.wait([reference], timeout=0.05)
+        if not ready and time.monotonic() - since < DEADLINE_S:
+            return None
+        self._pending.popleft()
+        try:
+            return ray.get(reference, timeout=0.1)
+        except (RayError, GetTimeoutError):
+            self._pending.clear()
+            return None

@@ -1,0 +1,144 @@
+"""One fine-tuning run from start to report: prepare on disk, run in one process or many, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+
+from deploy import parts, stages
+from deploy.config import FinetuneConfig
+from deploy.progress import bar, console
+from gsa import config as configs
+from gsa.agent.sizes import WorldModelConfig, preset
+from gsa.errors import UsageError
+from retrieval.store import TrajectoryStore
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """The whole run; returns its folder."""
+    config = config.resolved()
+    run = prepare(config)
+    with stage(run, "fine-tune"), bar("fine-tune") as progress:
+        if config.local:
+            from deploy.local import run_local
+
+            run_local(config, run, progress)
+        else:
+            from deploy.distributed import run_distributed
+
+            run_distributed(config, run, progress)
+    finish(config, run)
+    return run
+
+
+def prepare(config: FinetuneConfig) -> Path:
+    """Checks everything, then writes the run folder up to where collecting begins: rehearsal set and prior actor."""
+    from actors.rendering import choose_backend
+
+    assert config.out is not None, "only resolved configs have a folder"
+    choose_backend()
+    if not config.local:
+        _require_redis(config.redis_url)
+    run = config.out.resolve()
+    if run.exists() and any(run.iterdir()):
+        raise UsageError(f"{run} already has a run in it; choose another --out.")
+    with ExitStack() as stack:
+        env = stack.enter_context(parts.environment(config))
+        config.replay(env.spec.action_repeat, env.episode_steps)
+        if not config.uses_pool:
+            size = preset(config.model)
+            architecture = replace(size.world_model, max_action_dim=config.max_action_dim)
+            _begin(config, run, architecture, config.model, env.spec.action_dim)
+            return run
+        assert config.store is not None and config.world_model is not None
+        model = stages.load_world_model(config.world_model)
+        stages.require_fits(model, env.spec.action_dim, env.task.name)
+        store = stack.enter_context(TrajectoryStore.open(config.store))
+        if config.rehearses:
+            stages.require_embodiment(store, env)
+        size_name = stages.size_of(model)
+        _begin(config, run, model.config, size_name, env.spec.action_dim)
+        if config.rehearses:
+            kind = "random" if config.method == "random-rehearsal" else "nearest"
+            with stage(run, "retrieve"):
+                found = stages.rehearse(
+                    store, config.world_model, model, env, kind, config.retrieve_k, config.queries, config.seed, run
+                )
+        if config.guides:
+            from learner.clone import clone_prior
+
+            with stage(run, "clone prior"), bar("clone") as progress:
+                cache = config.world_model / "priors"
+                clone_prior(store, found.rows, preset(size_name).prior, config.clone, cache, progress).save(
+                    run / "prior"
+                )
+    return run
+
+
+def finish(config: FinetuneConfig, run: Path) -> None:
+    """Evaluates what the run made and writes its report."""
+    from deploy.evaluate import final_evaluation
+
+    with stage(run, "evaluate"), bar("evaluate") as progress:
+        final_evaluation(config, run, progress)
+    report(run)
+
+
+def report(run: Path) -> None:
+    """Writes and prints the report of a run."""
+    from reports.report import write_report
+
+    summary = write_report(run)
+    table = Table(title=summary.task, title_justify="left")
+    for column in ("policy", "score", "95 % interval", "return", "episodes"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for p in summary.policies:
+        low, high = p.interval
+        table.add_row(p.label, f"{p.score:.1f}", f"[{low:.1f}, {high:.1f}]", f"{p.returns:.1f}", str(p.episodes))
+    console.print(table)
+    console.print(summary.verdict, soft_wrap=True)
+    console.print(f"Report: {summary.html}", soft_wrap=True)
+
+
+@contextmanager
+def stage(folder: Path, name: str) -> Iterator[None]:
+    """Times a stage and adds it to the folder's stages.json."""
+    started = time.perf_counter()
+    yield
+    path = folder / "stages.json"
+    done = json.loads(path.read_text()) if path.exists() else []
+    done.append({"stage": name, "seconds": round(time.perf_counter() - started, 1)})
+    parts.write_atomically(path, json.dumps(done, indent=1).encode())
+
+
+def _require_redis(url: str | None) -> None:
+    """Raises UsageError or Unavailable if the run could not have its Redis server."""
+    import redis
+
+    from deploy.redis_server import find_binary
+
+    if url is None:
+        find_binary()
+        return
+    try:
+        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
+            client.ping()
+    except (redis.RedisError, ValueError) as error:
+        raise UsageError(f"The Redis server of --redis-url does not answer: {error}.") from None
+
+
+def _begin(config: FinetuneConfig, run: Path, model: WorldModelConfig, size: str, action_dim: int) -> None:
+    """The run folder with its resolved config (without the password in a Redis URL) and its architecture."""
+    behaviour = preset(size).behaviour
+    if config.imagination_starts is not None:
+        behaviour = replace(behaviour, imagination_starts=config.imagination_starts)
+    run.mkdir(parents=True, exist_ok=True)
+    configs.save(replace(config, redis_url=None), run / "config.yaml")
+    prior = preset(size).prior if config.guides else None
+    parts.Architecture(parts.unique_name(run), model, behaviour, prior, action_dim).save(run)

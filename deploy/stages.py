@@ -1,0 +1,239 @@
+"""What the commands around a run do: collect, ingest, look into stores, pre-train, index, retrieve, evaluate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy.progress import bar, console
+from gsa.agent.sizes import PRESETS, preset
+from gsa.errors import SpecMismatch, UsageError
+from learner.config import PretrainConfig
+from retrieval.index import FeatureIndex
+from retrieval.retriever import RehearsalSet, random_rehearsal
+from retrieval.retriever import retrieve as nearest
+from retrieval.store import TrajectoryStore
+
+if TYPE_CHECKING:
+    from actors.environment import Profile
+    from deploy.cli import Retrieve
+    from gsa.agent.world_model import WorldModel
+
+QUERY_SEED = 2_000_000  # resets that give the queries are none of training's or evaluation's
+FAULTS_FOUND = 1
+
+
+def collect(
+    sources: Sequence[tuple[str, int]], out: Path, seed: int, processes: int, render: Profile, with_reward: bool
+) -> int:
+    """Generates episodes as npz files. 1 where simulators failed."""
+    from actors.collect import CollectPlan
+    from actors.collect import collect as collect_all
+
+    plan = CollectPlan(tuple(sources), with_reward, render)
+    with bar("collect") as progress:
+        report = collect_all(plan, out, seed, processes or os.cpu_count() or 1, progress)
+    for source, row in report["sources"].items():
+        success = "" if row["success"] is None else f"  success {row['success']:.0%}"
+        console.print(
+            f"{source:44} {row['episodes']:4} episodes  return {row['return']['mean']:7.1f}{success}", soft_wrap=True
+        )
+    for failure in report["failed"]:
+        console.print(f"  failed: {failure}", soft_wrap=True)
+    return FAULTS_FOUND if report["failed"] else 0
+
+
+def ingest(source: Path, path: Path, format: str, codec: str) -> int:
+    """Reads episodes into a store, created if it is not there. 1 where files were bad."""
+    from retrieval.ingest import ingest as ingest_all
+
+    store = TrajectoryStore.open(path, write=True) if path.exists() else TrajectoryStore.create(path, codec=codec)
+    with store, bar("ingest") as progress:
+        report = ingest_all(source, store, format=format, progress=progress)
+    console.print(f"{report.added} trajectories added, {report.skipped_known} known before, {len(report.failed)} bad.")
+    for file, reason in report.failed:
+        console.print(f"  skipped {file}: {reason}", soft_wrap=True)
+    return FAULTS_FOUND if report.failed else 0
+
+
+def store_info(path: Path) -> int:
+    """Prints what a store holds."""
+    with TrajectoryStore.open(path) as store:
+        for line in store.recovery:
+            console.print(f"recovered: {line}")
+        print(f"{path}: {len(store)} trajectories, {store.steps} agent steps, codec {store.codec}")
+        for embodiment, row in store.info().items():
+            megabytes = row["bytes"] / 1e6
+            print(f"  {embodiment}: {row['trajectories']} trajectories, {row['frames']} frames, {megabytes:.0f} MB")
+            for source, count in row["sources"].items():
+                print(f"    {count:6}  {source}")
+    return 0
+
+
+def store_verify(path: Path) -> int:
+    """Checks every checksum; prints the damaged trajectories."""
+    with TrajectoryStore.open(path) as store, bar("verify") as progress:
+        damaged = store.verify(progress)
+        count = len(store)
+    for row, reason in damaged:
+        print(f"trajectory {row}: {reason}")
+    print(f"{count - len(damaged)} of {count} trajectories are whole.")
+    return FAULTS_FOUND if damaged else 0
+
+
+def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
+    """Pre-trains a world model on a store."""
+    preset(config.model)
+    from learner.pretrain import pretrain as train
+
+    with TrajectoryStore.open(path) as store, bar("pretrain") as progress:
+        train(store, config, out, progress)
+    console.print(f"World model: {out}")
+    return 0
+
+
+def index(path: Path, world_model: Path) -> int:
+    """Builds or updates the feature index of a store under a world model."""
+    with TrajectoryStore.open(path) as store:
+        built = open_index(store, world_model, load_world_model(world_model))
+        console.print(f"{len(built)} of {len(store)} trajectories are indexed in {index_path(world_model, store)}")
+    return 0
+
+
+def retrieve(command: Retrieve) -> int:
+    """Retrieves a task's rehearsal set and draws its contact sheet."""
+    from actors.environment import make
+
+    command.out.mkdir(parents=True, exist_ok=True)
+    with TrajectoryStore.open(command.store) as store, make(command.task, command.render, command.imports) as env:
+        kind = "random" if command.random else "nearest"
+        model = load_world_model(command.world_model)
+        found = rehearse(
+            store, command.world_model, model, env, kind, command.k, command.queries, command.seed, command.out
+        )
+    for source, count in _sources(found):
+        print(f"{count:6}  {source}")
+    console.print(f"{len(found.rows)} of {command.k} asked for; look at {command.out / 'contact_sheet.png'}")
+    return 0
+
+
+def evaluate(
+    agent: Path, task: str, episodes: int, seed: int, render: str, video: Path | None, imports: Sequence[str]
+) -> int:
+    """Evaluates an agent's policy and prints score and return."""
+    from deploy.evaluate import evaluate_agent
+
+    if episodes < 1:
+        raise UsageError("--episodes must be at least 1.")
+    result = evaluate_agent(agent, task, episodes, seed, render, video, imports)
+    print(
+        f"{task}: score {result['score']:.1f} [{result['score_low']:.1f}, {result['score_high']:.1f}], "
+        f"return {result['return']:.1f} over {episodes} episodes"
+    )
+    return 0
+
+
+def load_world_model(folder: Path) -> WorldModel:
+    from gsa.agent.world_model import WorldModel
+
+    return WorldModel.load(folder)
+
+
+def size_of(world_model: WorldModel) -> str:
+    """The named size nearest to a world model's width: actor, critic and prior take theirs from it."""
+    return min(PRESETS, key=lambda name: abs(PRESETS[name].world_model.deter - world_model.config.deter))
+
+
+def index_path(world_model: Path, store: TrajectoryStore) -> Path:
+    """Where the index of a store under a world model lies: with the model, as its features are the model's."""
+    return world_model / "index" / f"{store.id}.arrow"
+
+
+def open_index(store: TrajectoryStore, folder: Path, model: WorldModel) -> FeatureIndex:
+    """The index of a store, built if there is none and extended by what is new."""
+    path = index_path(folder, store)
+    path.parent.mkdir(exist_ok=True)
+    with bar("index") as progress:
+        return FeatureIndex.update(store, encoder(model), model.encoder_hash(), path, progress)
+
+
+def encoder(model: WorldModel) -> Any:
+    """First frames {"pixels": [N, 64, 64, 3]} to features [N, D]."""
+    import torch
+
+    @torch.inference_mode()
+    def encode(observation: dict[str, np.ndarray]) -> np.ndarray:
+        return model.encode(torch.from_numpy(np.ascontiguousarray(observation["pixels"]))).float().cpu().numpy()
+
+    return encode
+
+
+def rehearse(
+    store: TrajectoryStore,
+    folder: Path,
+    model: WorldModel,
+    env: Any,
+    kind: str,
+    k: int,
+    queries: int,
+    seed: int,
+    out: Path,
+) -> RehearsalSet:
+    """The rehearsal set of a task, with rehearsal.json and contact_sheet.png in `out`."""
+    from reports.sheets import contact_sheet
+
+    require_embodiment(store, env)
+    frames = np.stack([env.reset(QUERY_SEED + seed * 1000 + i)["pixels"] for i in range(queries)])
+    if kind == "random":
+        found = random_rehearsal(store, k, env.spec.embodiment, seed)
+    else:
+        features = encoder(model)({"pixels": frames})
+        found = nearest(open_index(store, folder, model), features, k, env.spec.embodiment)
+    if len(found.rows) < k:
+        console.print(
+            f"The store has {len(found.rows)} trajectories of {env.spec.embodiment}, fewer than the {k} asked for."
+        )
+    found.save(out / "rehearsal.json")
+    contact_sheet(out / "contact_sheet.png", frames, store, found)
+    return found
+
+
+def require_embodiment(store: TrajectoryStore, env: Any) -> None:
+    """Raises UsageError or SpecMismatch unless the store has trajectories that fit the task; warns of other pixels."""
+    spec = store.specs.get(env.spec.embodiment)
+    if spec is None:
+        raise UsageError(
+            f"{store.path} has nothing of {env.spec.embodiment}, which {env.task.name} needs; it has "
+            f"{', '.join(sorted(store.specs)) or 'nothing'}."
+        )
+    spec.require_same(env.spec, f"The store {store.path}", f"the task {env.task.name}")
+    if spec.renderer and spec.renderer != env.spec.renderer:
+        console.print(
+            f"Warning: the pool's images are by '{spec.renderer}', the task's by '{env.spec.renderer}'.",
+            soft_wrap=True,
+        )
+
+
+def require_fits(model: WorldModel, action_dim: int, what: str) -> None:
+    """Raises SpecMismatch if the world model has too few action dimensions."""
+    if action_dim > model.config.max_action_dim:
+        raise SpecMismatch(
+            f"{what} has {action_dim} actions; the world model takes at most {model.config.max_action_dim}."
+        )
+
+
+def source_count(text: str) -> tuple[str, int]:
+    """ "metaworld/reach-v3/scripted-0.5:20" as source and episodes."""
+    source, colon, episodes = text.rpartition(":")
+    if not colon or not episodes.isdigit() or int(episodes) < 1:
+        raise UsageError(f"'{text}' is not SOURCE:EPISODES, such as metaworld/reach-v3/scripted-0.5:20.")
+    return source, int(episodes)
+
+
+def _sources(found: RehearsalSet) -> list[tuple[str, int]]:
+    names, counts = np.unique(np.asarray(found.sources), return_counts=True)
+    return sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1])

@@ -1,0 +1,124 @@
+"""The agent: a world model and the behaviour learned inside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gsa import config as configs
+from gsa.agent import behaviour, storage, twohot
+from gsa.agent.behaviour import Actor, ScalarHead
+from gsa.agent.layers import frozen, seeded
+from gsa.agent.rssm import State
+from gsa.agent.sizes import BehaviourConfig
+from gsa.agent.world_model import TensorBatch, WorldModel, masked_mean
+from gsa.errors import SpecMismatch
+
+KIND = "behaviour"
+ACTING = ("encoder", "cell", "posterior")  # the parts of a world model that acting needs
+
+
+class Imagination(NamedTuple):
+    """What the actor's loss leaves behind for the critic's. No gradients."""
+
+    state: State  # [H, N, …]
+    returns: Tensor  # [H, N]
+    weights: Tensor  # [H, N]
+
+
+class Agent(nn.Module):
+    """World model, actor, critic with its slow copy, reward head."""
+
+    def __init__(self, world_model: WorldModel, config: BehaviourConfig, action_dim: int) -> None:
+        super().__init__()
+        model = world_model.config
+        if not 1 <= action_dim <= model.max_action_dim:
+            raise SpecMismatch(
+                f"The task has {action_dim} action dimensions, the world model takes 1 to {model.max_action_dim}."
+            )
+        self.config, self.action_dim = config, action_dim
+        self.world_model = world_model
+        self.actor = Actor(model, config, action_dim)
+        self.critic = ScalarHead(model, config.units, config.critic_layers)
+        self.reward = ScalarHead(model, config.units, config.reward_layers)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+    @classmethod
+    def create(cls, world_model: WorldModel, config: BehaviourConfig, action_dim: int, seed: int = 0) -> Agent:
+        """Fresh behaviour on a given world model (which is not copied), on its device."""
+        with seeded(seed):
+            return cls(world_model, config, action_dim).to(world_model.device)
+
+    @property
+    def behaviour(self) -> nn.ModuleDict:
+        """All but the world model."""
+        return nn.ModuleDict({k: getattr(self, k) for k in ("actor", "critic", "reward", "slow_critic")})
+
+    def reward_loss(self, state: State, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the reward head on posterior states [B, T, …], where rewards may be read. The states are detached."""
+        with self.world_model.autocast():
+            logits = self.reward(state.detach())
+        loss = masked_mean(twohot.loss(logits, batch.reward), batch.reward_mask)
+        with torch.no_grad():
+            error = masked_mean((twohot.decode(logits) - batch.reward).abs(), batch.reward_mask)
+        return loss, {"loss": loss.detach(), "error": error}
+
+    def actor_loss(
+        self, start: State, weight: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Imagination, dict[str, Tensor]]:
+        """Of the actor, through imagination from `start` [N, …] with `weight` [N]. Only the actor gets gradients."""
+        c = self.config
+        with frozen(self.world_model, self.reward, self.slow_critic), self.world_model.autocast():
+            imagined = behaviour.imagine(self.world_model, self.actor, start, c.horizon, generator)
+            reward, value = self.reward.value(imagined.state), self.slow_critic.value(imagined.state)
+        returns = behaviour.lambda_returns(reward, value, c.discount, c.lambda_)
+        weights = behaviour.step_weights(weight, c.horizon, c.discount)
+        loss = behaviour.actor_loss(returns, imagined.entropy, weights, c.entropy)
+        deter, stoch = imagined.state.detach()
+        metrics = {
+            "loss": loss, "entropy": imagined.entropy.mean(), "return": returns.mean(), "reward": reward.mean(),
+            "value": value.mean(),
+        }  # fmt: skip
+        left = Imagination(State(deter[:-1], stoch[:-1]), returns.detach(), weights)
+        return loss, left, {k: v.detach() for k, v in metrics.items()}
+
+    def critic_loss(self, imagination: Imagination) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the critic, on the states and returns that the actor's loss left."""
+        with self.world_model.autocast():
+            logits = self.critic(imagination.state)
+        loss = behaviour.critic_loss(logits, imagination.returns, imagination.weights)
+        return loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """Moves the slow critic a step towards the critic. Once an update."""
+        pairs = zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True)
+        for slow, fast in pairs:
+            slow.lerp_(fast, self.config.slow_critic_rate)
+
+    def acting_tensors(self) -> dict[str, np.ndarray]:
+        """Copies of the weights that acting needs, by name, float32: what is published."""
+        modules = {k: getattr(self.world_model, k) for k in ACTING} | {"actor": self.actor}
+        state = nn.ModuleDict(modules).state_dict()
+        return {k: v.detach().to("cpu", torch.float32, copy=True).numpy() for k, v in state.items()}
+
+    def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+        """Writes the world model and the behaviour. The folder also opens as a world model's."""
+        about = {"behaviour": configs.to_dict(self.config), "action_dim": self.action_dim}
+        self.world_model.save(folder, meta)
+        storage.save(folder, KIND, self.behaviour.state_dict(), about, dict(meta or {}))
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Agent:
+        """Raises UsageError when there is none, FormatError when it is damaged."""
+        about, tensors = storage.load(folder, KIND)
+        config = configs.from_dict(BehaviourConfig, about["config"]["behaviour"], f"{folder}/{KIND}.json")
+        agent = cls(WorldModel.load(folder), config, int(about["config"]["action_dim"]))
+        storage.fill(agent.behaviour, tensors, f"The behaviour in {folder}")
+        return agent.to(device)

@@ -1,0 +1,137 @@
+"""Behaviour learning in imagination (method, section 6): networks, λ-returns and losses.
+
+H imagined steps from N start states. Value of a state counts the reward of having arrived there:
+
+    state     s0   s1   …  sH        s0 is inferred from data, the others imagined
+    action    a0   a1   …            a_t is chosen at s_t and leads to s_t+1
+    reward    r0   r1   …  rH        r_t is caused by a_t-1
+    return    R0   R1   …  RH        R_t = r_t + γ((1-λ) v(s_t+1) + λ R_t+1),  RH = v(sH)
+    critic    R0 … RH-1              at the same states
+    actor     R1 … RH-1              for a0 … aH-2: the first return that an action can change
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gsa.agent import twohot
+from gsa.agent.layers import StateMLP
+from gsa.agent.precision import full
+from gsa.agent.rssm import State
+from gsa.agent.sizes import BehaviourConfig, WorldModelConfig
+from gsa.agent.world_model import Dream, TensorBatch, WorldModel
+
+MIN_STD, MAX_STD = 0.1, 1.0
+
+
+class Actor(nn.Module):
+    """The policy: a Gaussian over the embodiment's own action dimensions."""
+
+    def __init__(self, model: WorldModelConfig, behaviour: BehaviourConfig, action_dim: int) -> None:
+        super().__init__()
+        self.net = StateMLP(
+            model.deter, model.latent, 2 * action_dim, behaviour.actor_layers, behaviour.units, model.blocks
+        )
+
+    def forward(self, state: State) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [..., A], float32."""
+        mean, std = full(self.net(state.deter, state.stoch)).chunk(2, -1)
+        return torch.tanh(mean), (MAX_STD - MIN_STD) * torch.sigmoid(std + 2) + MIN_STD
+
+
+def sample_action(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """A Gaussian sample clamped to [-1, 1]; the gradient ignores the clamp."""
+    action = mean + std * noise
+    return action + (action.clamp(-1, 1) - action).detach()
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """Of the Gaussian before the clamp, in nats, summed over actions: [..., A] → [...]."""
+    return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class ScalarHead(nn.Module):
+    """Critic or reward head: a two-hot distribution that starts out at zero everywhere."""
+
+    def __init__(self, model: WorldModelConfig, units: int, layers: int) -> None:
+        super().__init__()
+        self.net = StateMLP(model.deter, model.latent, twohot.BINS, layers, units, model.blocks)
+        nn.init.zeros_(self.net.last.weight)
+        nn.init.zeros_(self.net.last.bias)
+
+    def forward(self, state: State) -> Tensor:
+        """Logits [..., 255]."""
+        return self.net(state.deter, state.stoch)
+
+    def value(self, state: State) -> Tensor:
+        """The number itself, float32 [...]."""
+        return twohot.decode(self(state))
+
+
+class Imagined(NamedTuple):
+    """H steps from N start states."""
+
+    state: State  # [H+1, N, …]
+    entropy: Tensor  # [H, N] of the policy at each state that it acted in
+
+
+def imagination_starts(
+    state: State, batch: TensorBatch, count: int, generator: torch.Generator
+) -> tuple[State, Tensor]:
+    """Start states [N, …] out of posterior states [B, T, …], detached, and each one's weight [N].
+
+    All valid ones, or `count` of them drawn without replacement. The weight is the data's discount: nothing follows a
+    state in which the task ended.
+    """
+    rows = batch.valid.flatten().nonzero().squeeze(-1)
+    if 0 < count < len(rows):
+        chosen = torch.randperm(len(rows), generator=generator, device=generator.device)[:count]
+        rows = rows[chosen.to(rows.device)]
+    flat = state.detach().flatten()
+    return State(flat.deter[rows], flat.stoch[rows]), batch.discount.flatten()[rows]
+
+
+def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int, generator: torch.Generator) -> Imagined:
+    """Rolls the policy out in the model. Gradients reach the actor through the dynamics, not through its inputs."""
+    n, config = len(start.deter), world_model.config
+    uniform = world_model.draw((horizon, n), generator)
+    dream = Dream(world_model)
+    state, states, entropies, noise = start, [start], [], None
+    for t in range(horizon):
+        mean, std = actor(state.detach())
+        if noise is None:
+            noise = torch.randn(horizon, *mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        action = sample_action(mean, std, noise[t])
+        action = nn.functional.pad(action, (0, config.max_action_dim - action.shape[-1]))
+        state = dream(state, action, uniform[t])
+        states.append(state)
+        entropies.append(gaussian_entropy(std))
+    stacked = State(torch.stack([s.deter for s in states]), torch.stack([s.stoch for s in states]))
+    return Imagined(stacked, torch.stack(entropies))
+
+
+def lambda_returns(reward: Tensor, value: Tensor, discount: float, lambda_: float) -> Tensor:
+    """R_0 … R_H-1 of rewards and values [H+1, N] → [H, N]. The last reward is not read: v(sH) counts it."""
+    returns = [value[-1]]
+    for t in reversed(range(len(reward) - 1)):
+        returns.append(reward[t] + discount * ((1 - lambda_) * value[t + 1] + lambda_ * returns[-1]))
+    return torch.stack(returns[:0:-1])
+
+
+def step_weights(start: Tensor, horizon: int, discount: float) -> Tensor:
+    """Cumulative discount of each imagined state: start weights [N] → [H, N], the first row as given."""
+    return discount ** torch.arange(horizon, device=start.device)[:, None] * start
+
+
+def actor_loss(returns: Tensor, entropy: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """−(return + scale·entropy), weighted. returns, entropy, weights [H, N] → a scalar."""
+    return -(weights[:-1] * (returns[1:] + scale * entropy[:-1])).mean()
+
+
+def critic_loss(logits: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
+    """Weighted two-hot loss to the (detached) returns. logits [H, N, 255], the others [H, N] → a scalar."""
+    return (weights * twohot.loss(logits, returns.detach())).mean()

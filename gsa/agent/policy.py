@@ -1,0 +1,165 @@
+"""Acting: the filter, the policy and the prior actor under a schedule made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from gsa.agent import rssm, storage
+from gsa.agent.agent import Agent
+from gsa.agent.behaviour import Actor
+from gsa.agent.prior_actor import PriorActor
+from gsa.agent.rssm import State
+from gsa.agent.sizes import IMAGE_SHAPE, BehaviourConfig, WorldModelConfig
+from gsa.agent.vision import Encoder
+from gsa.errors import SpecMismatch, UsageError
+from gsa.schema import Controller
+
+
+class GuidedPolicy:
+    """Acts in E environments at once. Each keeps its own latent, previous action and frames.
+
+    Random numbers come from each environment's own generator, so what one environment sees and does never changes the
+    draws of another. Runs on the CPU in float32.
+    """
+
+    def __init__(
+        self, model: WorldModelConfig, behaviour: BehaviourConfig, action_dim: int, envs: int = 1,
+        prior: PriorActor | None = None,
+    ) -> None:  # fmt: skip
+        if prior is not None and prior.action_dim != action_dim:
+            raise SpecMismatch(f"The prior actor has {prior.action_dim} action dimensions, the task {action_dim}.")
+        self.model, self.action_dim, self.envs = model, action_dim, envs
+        self.prior = None if prior is None else prior.cpu().eval().requires_grad_(False)
+        self.encoder = Encoder(IMAGE_SHAPE[-1], model.depth)
+        self.cell = rssm.RecurrentCell(
+            model.deter, model.latent, model.max_action_dim, model.hidden, model.blocks, model.gates
+        )
+        self.posterior = rssm.Head(model.deter + model.features, model.hidden, 1, model.stoch, model.classes)
+        self.actor = Actor(model, behaviour, action_dim)
+        modules = {"encoder": self.encoder, "cell": self.cell, "posterior": self.posterior, "actor": self.actor}
+        self._nets = nn.ModuleDict(modules).requires_grad_(False)
+        self._transition = rssm.Transition(self.cell)
+        self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
+        self._previous_action = torch.zeros(envs, model.max_action_dim)
+        self._frames: np.ndarray | None = None
+        self._fresh = np.ones(envs, bool)
+        if prior is not None:
+            self._frames = np.zeros((envs, *IMAGE_SHAPE[:2], prior.config.frames, IMAGE_SHAPE[2]), np.uint8)
+
+    def load_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes over published weights between two steps; latents stay. All of them are checked before any is copied.
+
+        Raises SpecMismatch when a name, shape or dtype is not that of Agent.acting_tensors.
+        """
+        for name, value in tensors.items():
+            if value.dtype != np.float32:
+                raise SpecMismatch(f"Published weight '{name}' is {value.dtype}, float32 expected.")
+        storage.fill(self._nets, {k: torch.from_numpy(_writable(v)) for k, v in tensors.items()}, "The policy")
+        self._transition = rssm.Transition(self.cell)
+
+    @torch.no_grad()
+    def load_prior(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes over the prior actor's weights, which are published once, apart. Raises SpecMismatch as above."""
+        if self.prior is None:
+            raise UsageError("This policy was made without a prior actor.")
+        storage.fill(self.prior, {k: torch.from_numpy(_writable(v)) for k, v in tensors.items()}, "The prior actor")
+
+    def begin(self, env: int) -> None:
+        """A new episode in environment `env`: forgets its latent, previous action and frames."""
+        for tensor in (*self.state, self._previous_action):
+            tensor[env] = 0
+        self._fresh[env] = True
+
+    @torch.no_grad()
+    def act(
+        self, observation: Mapping[str, np.ndarray], controller: np.ndarray, rngs: Sequence[np.random.Generator],
+        sample: bool = True,
+    ) -> np.ndarray:  # fmt: skip
+        """One action for each environment: float32 [E, A] in [-1, 1].
+
+        observation["pixels"] uint8 [E, 64, 64, 3]; controller [E] of Controller: who chooses; rngs: E generators.
+        The policy samples, or acts by its mean without `sample`. The filter sees every observation and assumes that
+        what is returned is executed.
+        """
+        pixels = observation["pixels"]
+        if pixels.shape != (self.envs, *IMAGE_SHAPE) or pixels.dtype != np.uint8:
+            raise SpecMismatch(
+                f"The policy sees pixels of {[self.envs, *IMAGE_SHAPE]} uint8, not {list(pixels.shape)} {pixels.dtype}."
+            )
+        self._filter(pixels, rngs)
+        action = np.zeros((self.envs, self.action_dim), np.float32)
+        for who, choose in (
+            (Controller.RANDOM, self._random), (Controller.PRIOR, self._prior), (Controller.POLICY, self._policy),
+        ):  # fmt: skip
+            rows = np.flatnonzero(controller == who)
+            if len(rows):
+                action[rows] = choose(rows, rngs, sample)
+        np.clip(action, -1, 1, out=action)
+        self.executed(action)
+        return action
+
+    @torch.no_grad()
+    def executed(self, action: np.ndarray) -> None:
+        """Tells the filter what was executed [E, A], where that is not what `act` returned: a person took over."""
+        self._previous_action[:, : self.action_dim] = torch.from_numpy(action)
+
+    def _filter(self, pixels: np.ndarray, rngs: Sequence[np.random.Generator]) -> None:
+        uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])
+        features = self.encoder(torch.from_numpy(_writable(pixels)))
+        self.state = rssm.filter_step(
+            self._transition, self.posterior, self.state, self._previous_action, features,
+            torch.from_numpy(uniform), self.model.unimix,
+        )  # fmt: skip
+        if self._frames is not None:
+            self._frames[:, :, :, :-1] = self._frames[:, :, :, 1:]
+            self._frames[:, :, :, -1] = pixels
+            self._frames[self._fresh] = pixels[self._fresh, :, :, None]
+            self._fresh[:] = False
+
+    def _random(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+        return np.stack([rngs[e].uniform(-1, 1, self.action_dim) for e in rows]).astype(np.float32)
+
+    def _prior(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+        if self.prior is None or self._frames is None:
+            raise UsageError("The schedule asks for the prior actor, and this policy was made without one.")
+        return self.prior(torch.from_numpy(self._frames[rows].reshape(len(rows), *IMAGE_SHAPE[:2], -1))).numpy()
+
+    def _policy(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+        mean, std = (x.numpy() for x in self.actor(State(*(x[rows] for x in self.state))))
+        if not sample:
+            return mean
+        return mean + std * np.stack([rngs[e].standard_normal(self.action_dim, np.float32) for e in rows])
+
+
+class Policy:
+    """A trained policy for one environment: `act` on each observation, `reset` before each episode."""
+
+    def __init__(self, agent: Agent, seed: int = 0) -> None:
+        self._policy = GuidedPolicy(agent.world_model.config, agent.config, agent.action_dim)
+        self._policy.load_tensors(agent.acting_tensors())
+        self._rngs = [np.random.default_rng(seed)]
+        self.action_dim = agent.action_dim
+
+    def act(self, observation: Mapping[str, np.ndarray] | np.ndarray, sample: bool = False) -> np.ndarray:
+        """float32 [A] in [-1, 1] for {"pixels": uint8 [64, 64, 3]} or the image itself."""
+        pixels = observation["pixels"] if isinstance(observation, Mapping) else observation
+        controller = np.array([Controller.POLICY], np.uint8)
+        return self._policy.act({"pixels": np.asarray(pixels)[None]}, controller, self._rngs, sample)[0]
+
+    def reset(self) -> None:
+        self._policy.begin(0)
+
+
+def load_policy(folder: str | Path, seed: int = 0) -> Policy:
+    """The policy of an agent's folder. `seed` decides the latents' random draws."""
+    return Policy(Agent.load(folder), seed)
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    """torch.from_numpy warns on read-only arrays, such as those from shared memory, and wants positive strides."""
+    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()

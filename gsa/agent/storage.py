@@ -1,0 +1,91 @@
+"""Networks in a folder: <kind>.safetensors for the weights, <kind>.json for what they are. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gsa.errors import FormatError, SpecMismatch, UsageError
+
+FORMAT = 1
+
+
+def save(folder: str | Path, kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Any) -> None:
+    """Writes both files, each whole or not at all. The JSON comes last and names the weights by their checksum."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / f"{kind}.safetensors"
+    temporary = weights.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+    checksum = _sha256(temporary)
+    _publish(temporary, weights)
+    temporary = folder / f"{kind}.json.tmp"
+    about = {"kind": kind, "format": FORMAT, "config": config, "sha256": checksum, "meta": meta}
+    temporary.write_text(json.dumps(about, indent=1))
+    _publish(temporary, folder / f"{kind}.json")
+
+
+def describe(folder: str | Path, kind: str) -> dict[str, Any]:
+    """The JSON half: kind, format, config, sha256, meta. Reads no weights."""
+    path = Path(folder) / f"{kind}.json"
+    try:
+        about = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"There is no {kind.replace('_', ' ')} in {folder}: {error.strerror}: {path.name}.") from None
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged: {error}.") from None
+    if not isinstance(about, dict) or about.get("kind") != kind:
+        raise FormatError(f"{path} does not describe a {kind.replace('_', ' ')}.")
+    if about.get("format") != FORMAT:
+        raise FormatError(f"{path} has format {about.get('format')}; this version of GSA reads format {FORMAT}.")
+    return about
+
+
+def load(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `describe` gives, and the weights on the CPU. Raises FormatError when they are not the ones described."""
+    about = describe(folder, kind)
+    path = Path(folder) / f"{kind}.safetensors"
+    try:
+        if _sha256(path) != about.get("sha256"):
+            raise FormatError(f"{path} is not the file that {kind}.json describes: damaged or half replaced.")
+        return about, load_file(path)
+    except OSError as error:
+        raise FormatError(f"Cannot read {path}: {error.strerror}.") from None
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged: {error}.") from None
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copies `tensors` into the module's own. Raises SpecMismatch, naming the first, unless names and shapes agree."""
+    own = module.state_dict()
+    if different := sorted(own.keys() ^ tensors.keys()):
+        side = "lacks" if different[0] in own else "has a foreign"
+        raise SpecMismatch(f"{what} {side} '{different[0]}' ({len(different)} names differ): another architecture.")
+    for name, value in own.items():
+        if value.shape != tensors[name].shape:
+            raise SpecMismatch(
+                f"{what}: '{name}' is {list(tensors[name].shape)}, {list(value.shape)} expected: another size."
+            )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

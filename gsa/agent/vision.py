@@ -1,0 +1,126 @@
+"""Convolutional encoder and decoder of 64×64 images (method, section 3).
+
+Both see an image as 32×32 patches of 2×2 pixels, held as signed bytes. A stride-2 convolution on pixels is a stride-1
+convolution on patches, which is the same sum, several times faster on a CPU, where three channels fill no register.
+A signed byte s stands for s/255 + OFFSET in the networks' scale of [-0.5, 0.5]; first and last bias take the offset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from gsa.agent.layers import BlockLinear, ChannelNorm, dense
+from gsa.agent.precision import compute_dtype, full
+
+OFFSET = 128 / 255 - 0.5
+
+
+def to_patches(pixels: Tensor) -> Tensor:
+    """uint8 [..., 64, 64, C] → int8 [N, 32, 32, 4C], each patch (row, column, channel), less 128."""
+    rows = pixels.reshape(-1, 32, 2, 32, 2 * pixels.shape[-1])
+    return torch.cat(rows.unbind(2), -1).bitwise_xor(128).view(torch.int8)
+
+
+def from_patches(patches: Tensor) -> Tensor:
+    """[..., 32, 32, 4C] → [..., 64, 64, C] of any dtype."""
+    halves = torch.stack(patches.chunk(2, -1), -3)  # [..., 32, 2, 32, 2C]
+    return halves.reshape(*patches.shape[:-3], 64, 64, -1)
+
+
+class Encoder(nn.Module):
+    """Four convolutions, kernel 4, stride 2, no padding: 64 → 31 → 14 → 6 → 2."""
+
+    def __init__(self, channels: int, depth: int, activation: type[nn.Module] = nn.SiLU) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, depth, 4, stride=2)
+        layers: list[nn.Module] = [ChannelNorm(depth), activation()]
+        for inputs in (depth, 2 * depth, 4 * depth):
+            layers += [nn.Conv2d(inputs, 2 * inputs, 4, stride=2), ChannelNorm(2 * inputs), activation()]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., 64, 64, C] → [..., 32·depth]."""
+        return self.encode(to_patches(pixels)).view(*pixels.shape[:-3], -1)
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """int8 [N, 32, 32, 4C] → [N, 32·depth]."""
+        return self.net(self._first(patches)).flatten(1)
+
+    def _first(self, patches: Tensor) -> Tensor:
+        """The first convolution, 64 → 30: the next one reads no more of its 31."""
+        weight = self.first.weight
+        patches = patches[:, :31, :31].to(compute_dtype(weight), memory_format=torch.contiguous_format)
+        by_patch = weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        bias = _bias(self.first) + OFFSET * weight.sum((1, 2, 3))
+        return F.conv2d(patches.permute(0, 3, 1, 2), _channels_last(by_patch / 255), bias)
+
+
+class Decoder(nn.Module):
+    """A latent state to the image it stands for: 1 → 5 → 13 → 30 → 64."""
+
+    def __init__(self, deter: int, latent: int, hidden: int, depth: int, blocks: int) -> None:
+        super().__init__()
+        features = 32 * depth
+        self.deter = nn.Sequential(
+            BlockLinear(deter, 2 * hidden, blocks), nn.LayerNorm(2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, features)
+        )
+        self.stoch = nn.Sequential(*dense(latent, 2 * hidden), nn.Linear(2 * hidden, features))
+        self.first = nn.ConvTranspose2d(features, 4 * depth, 5, stride=2)
+        layers: list[nn.Module] = [ChannelNorm(4 * depth), nn.SiLU()]
+        for inputs, kernel in ((4 * depth, 5), (2 * depth, 6)):
+            layers += [nn.ConvTranspose2d(inputs, inputs // 2, kernel, stride=2), ChannelNorm(inputs // 2), nn.SiLU()]
+        self.net = nn.Sequential(*layers)
+        self.last = nn.ConvTranspose2d(depth, 3, 6, stride=2)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """[..., D], [..., Z] → patches [N, 32, 32, 12] of s/255: what to_patches gives of the image, over 255."""
+        x = (self.deter(deter) + self.stoch(stoch)).flatten(0, -2)
+        x = self.net(self._first(x))
+        by_patch = self.last.weight.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        image = F.conv_transpose2d(_channels_last(x), _channels_last(by_patch), (_bias(self.last) - OFFSET).repeat(4))
+        return image.permute(0, 2, 3, 1)
+
+    def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """[..., D], [..., Z] → uint8 [..., 64, 64, 3]."""
+        patches = full(self(deter, stoch)).mul(255).round().add(128).clamp(0, 255)
+        return from_patches(patches.to(torch.uint8)).view(*deter.shape[:-1], 64, 64, 3)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The first transposed convolution, 1 → 5: a matrix product. [N, 32·depth] → [N, 4·depth, 5, 5]."""
+        rows = self.first.weight.permute(2, 3, 1, 0)  # [5, 5, 4·depth, 32·depth]
+        y = F.linear(x, rows.flatten(0, 2), _bias(self.first).repeat(25))
+        return y.view(-1, *rows.shape[:3]).permute(0, 3, 1, 2)
+
+
+def squared_error(predicted: Tensor, patches: Tensor) -> Tensor:
+    """Summed over an image, in the scale of [-0.5, 0.5]: the decoder's output and to_patches' → float32 [N]."""
+    return _SquaredError.apply(predicted, patches)
+
+
+class _SquaredError(torch.autograd.Function):
+    """Keeps one array of the images' size for the backward pass, where plain operations keep three."""
+
+    @staticmethod
+    def forward(ctx, predicted: Tensor, patches: Tensor) -> Tensor:
+        difference = torch.add(predicted, patches.to(predicted.dtype), alpha=-1 / 255)
+        ctx.save_for_backward(difference)
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        return torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=dtype).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * grad).to(difference.dtype)[:, None, None, None], None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

@@ -1,0 +1,201 @@
+"""The world model: a block RSSM trained on images and actions alone (method, section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gsa import config as configs
+from gsa.agent import latents, rssm, storage
+from gsa.agent.layers import seeded
+from gsa.agent.precision import autocast
+from gsa.agent.rssm import State, States
+from gsa.agent.sizes import IMAGE_SHAPE, WorldModelConfig
+from gsa.agent.unroll import unroll
+from gsa.agent.vision import Decoder, Encoder, squared_error, to_patches
+from gsa.errors import SpecMismatch
+from gsa.schema import Batch
+
+KIND = "world_model"
+NOT_ARCHITECTURE = ("precision", "free_nats", "recon_scale", "dyn_scale", "rep_scale")
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatch:
+    """A schema.Batch on a device. Row t holds what led to observation t."""
+
+    pixels: Tensor  # [B, T, 64, 64, 3] uint8
+    previous_action: Tensor  # [B, T, A] float32
+    action_mask: Tensor  # [B, A] float32
+    reward: Tensor  # [B, T] float32
+    reward_mask: Tensor  # [B, T] bool
+    discount: Tensor  # [B, T] float32
+    is_first: Tensor  # [B, T] bool
+    valid: Tensor  # [B, T] bool
+
+    @classmethod
+    def from_batch(cls, batch: Batch, device: torch.device | str = "cpu") -> TensorBatch:
+        """Raises SpecMismatch when the observations are not 64×64 RGB images. On the CPU nothing is copied."""
+        pixels = batch.observation.get("pixels")
+        if pixels is None or pixels.shape[2:] != IMAGE_SHAPE or pixels.dtype != np.uint8:
+            found = {k: f"{list(v.shape[2:])} {v.dtype}" for k, v in batch.observation.items()}
+            raise SpecMismatch(f"The world model sees 'pixels' of {list(IMAGE_SHAPE)} uint8; the batch has {found}.")
+        arrays = {f.name: getattr(batch, f.name) for f in fields(cls) if f.name != "pixels"}
+        return cls(**{k: torch.as_tensor(v, device=device) for k, v in {"pixels": pixels, **arrays}.items()})
+
+
+class WorldModel(nn.Module):
+    """Encoder, recurrent core with prior and posterior heads, decoder."""
+
+    def __init__(self, config: WorldModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.encoder = Encoder(IMAGE_SHAPE[-1], c.depth)
+        self.cell = rssm.RecurrentCell(c.deter, c.latent, c.max_action_dim, c.hidden, c.blocks, c.gates)
+        self.prior = rssm.Head(c.deter, c.hidden, 2, c.stoch, c.classes)
+        self.posterior = rssm.Head(c.deter + c.features, c.hidden, 1, c.stoch, c.classes)
+        self.decoder = Decoder(c.deter, c.latent, c.hidden, c.depth, c.blocks)
+
+    @classmethod
+    def create(cls, config: WorldModelConfig, seed: int, device: torch.device | str = "cpu") -> WorldModel:
+        """A fresh model whose weights depend on `seed` alone."""
+        with seeded(seed):
+            return cls(config).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cell.norm.weight.device
+
+    def autocast(self) -> Any:
+        """The precision that loss and imagination run in."""
+        return autocast(self.device, self.config.precision)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., 64, 64, 3] → features [..., 32·depth]."""
+        return self.encoder(pixels)
+
+    def observe(
+        self, features: Tensor, previous_action: Tensor, is_first: Tensor, generator: torch.Generator
+    ) -> States:
+        """The filter over whole sequences.
+
+        features [B, T, 32·depth], previous_action [B, T, A] float32, is_first [B, T] bool.
+        """
+        if previous_action.shape[-1] != self.config.max_action_dim:
+            raise SpecMismatch(
+                f"Actions padded to {previous_action.shape[-1]}; this world model has max_action_dim "
+                f"{self.config.max_action_dim}."
+            )
+        uniform = self.draw(features.shape[:-1], generator)
+        return rssm.scan(
+            self.cell, self.posterior, features, previous_action, is_first, uniform, self.config.unimix
+        )  # fmt: skip
+
+    def imagine(self, state: State, actions: Tensor, generator: torch.Generator) -> State:
+        """Open loop: from a state of [N, …] under actions [N, H, A] to states of [N, H, …]."""
+        dream, states = Dream(self), []
+        uniform = self.draw(actions.shape[:-1], generator)
+        for action, noise in zip(actions.unbind(1), uniform.unbind(1), strict=True):
+            state = dream(state, action, noise)
+            states.append(state)
+        return State(torch.stack([s.deter for s in states], 1), torch.stack([s.stoch for s in states], 1))
+
+    def draw(self, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Uniform numbers [..., S] that the latents are sampled with."""
+        dtype = self.cell.norm.weight.dtype
+        return torch.rand(*shape, self.config.stoch, generator=generator, device=self.device, dtype=dtype)
+
+    def decode(self, state: State) -> Tensor:
+        """The images that states of [..., D] stand for: uint8 [..., 64, 64, 3]."""
+        return self.decoder.image(state.deter, state.stoch)
+
+    def loss(self, batch: TensorBatch, generator: torch.Generator) -> tuple[Tensor, States, dict[str, Tensor]]:
+        """The training loss (a scalar), the inferred states of [B, T, …] with gradient, and metrics."""
+        shape, patches = batch.is_first.shape, to_patches(batch.pixels)
+        with self.autocast():
+            features = self.encoder.encode(patches).view(*shape, -1)
+            states = self.observe(features, batch.previous_action, batch.is_first, generator)
+            prior_logits = self.prior(states.deter)
+            image = self.decoder(states.deter, states.stoch)
+        parts = {
+            "recon": squared_error(image, patches).view(shape),
+            **divergences(states.logits, prior_logits, self.config),
+        }
+        means = {name: masked_mean(value, batch.valid) for name, value in parts.items()}
+        c = self.config
+        loss = c.recon_scale * means["recon"] + c.dyn_scale * means["dyn"] + c.rep_scale * means["rep"]
+        return loss, states, {"loss": loss.detach(), **{k: v.detach() for k, v in means.items()}}
+
+    def architecture_hash(self) -> str:
+        """Equal for models that can take each other's weights."""
+        return config_hash(self.config)
+
+    def encoder_hash(self) -> str:
+        """Equal for models that give the same features: the key of a feature index."""
+        digest = hashlib.sha256()
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode() + str(list(value.shape)).encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+        """Writes world_model.safetensors and world_model.json; `meta` is anything JSON."""
+        storage.save(folder, KIND, self.state_dict(), configs.to_dict(self.config), dict(meta or {}))
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> WorldModel:
+        """Raises UsageError when there is none, FormatError when it is damaged."""
+        about, tensors = storage.load(folder, KIND)
+        model = cls(configs.from_dict(WorldModelConfig, about["config"], f"{folder}/{KIND}.json"))
+        storage.fill(model, tensors, f"The world model in {folder}")
+        return model.to(device)
+
+
+class Dream:
+    """Steps by the prior, without images; the model's weights must not change meanwhile."""
+
+    def __init__(self, model: WorldModel) -> None:
+        self._transition, self._prior = rssm.Transition(model.cell), unroll(model.prior.layers())
+        self._shape, self._unimix = model.prior.shape, model.config.unimix
+
+    def __call__(self, state: State, action: Tensor, uniform: Tensor) -> State:
+        """The next state from one of [N, …], the padded action [N, A] and uniform numbers [N, S]."""
+        deter = self._transition(state, action)
+        logits = self._prior(deter).unflatten(-1, self._shape)
+        return State(deter, latents.sample(logits, uniform, self._unimix).flatten(-2))
+
+
+def config_hash(config: WorldModelConfig) -> str:
+    """A hash of what decides names and shapes of the weights and what they compute."""
+    data = {k: v for k, v in configs.to_dict(config).items() if k not in NOT_ARCHITECTURE}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def divergences(posterior: Tensor, prior: Tensor, config: WorldModelConfig) -> dict[str, Tensor]:
+    """The two halves of the KL balance, clipped at the free bits per step (paper, Eq. 2), and what to watch.
+
+    Logits [B, T, S, K] → each [B, T] in nats.
+    """
+    q, p = latents.log_probs(posterior, config.unimix), latents.log_probs(prior, config.unimix)
+    dyn = latents.kl_divergence(q.detach(), p)
+    return {
+        "dyn": dyn.clamp(min=config.free_nats),
+        "rep": latents.kl_divergence(q, p.detach()).clamp(min=config.free_nats),
+        "kl": dyn.detach(),
+        "posterior_entropy": latents.entropy(q.detach()),
+        "prior_entropy": latents.entropy(p.detach()),
+    }
+
+
+def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
+    """The mean of [B, T] where the mask is True; 0 where it never is."""
+    weight = mask.to(value.dtype)
+    return (value * weight).sum() / weight.sum().clamp(min=1)

@@ -1,0 +1,258 @@
+"""The replay service: leases out the budget, keeps what was collected, gives batches. Wrapped as a Ray actor or
+called directly."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gsa.errors import FormatError, UsageError
+from gsa.metrics import Meter
+from gsa.schema import Batch, Lease, NoLease, Spec, Trajectory
+from replay_service.batches import SequenceSampler, cut, empty_batch, shared_observation, specs_of
+from replay_service.config import ReplayConfig
+from retrieval.store import TrajectoryStore
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _OpenLease:
+    worker: str
+    max_steps: int
+    deadline: float  # on the service's clock
+
+
+class ReplayService:
+    """Owns a run's online store and its budget. Every method may be called from any thread.
+
+    Budget: steps inserted + max_steps of open leases ≤ budget, always. Steps that a lease did not use (an episode
+    ended early, its worker released it or died, its time ran out) are leased again under a new episode number, so
+    that exactly `budget` steps are inserted in the end.
+
+    What is in the online store counts as inserted, also after a crash: an episode whose append was durable is
+    never lost and never counted twice, whatever state is restored.
+    """
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        online: TrajectoryStore,
+        spec: Spec,
+        pool: TrajectoryStore | None = None,
+        rehearsal_rows: np.ndarray | None = None,
+        max_action_dim: int | None = None,
+        seed: int = 0,
+        buffers: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`online` is open for writing and belongs to this run alone; the caller closes it. `rehearsal_rows` are rows
+        of `pool`; without any, batches are all online. With `buffers` = n, the arrays of n batches are reused: a
+        batch is overwritten by the n-th `sample()` after it.
+        """
+        online.add_spec(spec)
+        self.config, self.spec, self.seed = config, spec, seed
+        self._online, self._pool, self._clock = online, pool, clock
+        self._lock = threading.Lock()
+        self._meter = Meter("replay")
+        self._leases: dict[int, _OpenLease] = {}
+        self._next_episode = self._batches = 0
+        self._max_action_dim = max_action_dim or spec.action_dim
+        self._rehearsal = SequenceSampler("pool", config.length)
+        specs = [spec]
+        if pool is not None and rehearsal_rows is not None and len(rehearsal_rows):
+            rows = np.asarray(rehearsal_rows, np.int64)
+            self._rehearsal.extend(rows, pool.catalog.length[rows])
+            specs += specs_of(pool, rows)
+        observation = shared_observation(specs, self._max_action_dim)
+        self._new_buffer = lambda: empty_batch(config.batch, config.length, observation, self._max_action_dim)
+        self._buffers = [self._new_buffer() for _ in range(buffers)]
+        self._count_online(sampled=0)
+
+    # ------------------------------------------------------------------ collecting
+
+    def lease(self, worker: str) -> Lease | NoLease:
+        """Permission to collect one episode. WAIT: ask again, the learner is behind or others hold what is left of the
+        budget. DONE: the budget is collected."""
+        with self._lock:
+            self._expire()
+            if self.finished:
+                return NoLease.DONE
+            leased = self._leased
+            steps = min(self.config.episode_steps, self.config.budget - self.collected - leased)
+            if steps == 0 or not self._limiter.can_insert(steps, pending=leased):
+                self._meter.count("lease_waits")
+                return NoLease.WAIT
+            begun = self.collected + leased
+            episodes = len(self._online.rows()) + len(self._leases)
+            warmup = begun < self.config.warmup_steps or episodes < self.config.warmup_episodes
+            lease = Lease(self._next_episode, steps, begun, warmup)
+            self._leases[lease.episode] = _OpenLease(worker, steps, self._clock() + self.config.lease_timeout_s)
+            self._next_episode += 1
+            return lease
+
+    def add(self, worker: str, episode: int, trajectory: Trajectory) -> bool:
+        """Stores a leased episode. True: it is durable and counted. False: its lease is not, or no longer, open, or it
+        is stored already; nothing has changed, drop the episode.
+
+        A trajectory that does not fit raises SpecMismatch or FormatError and leaves the lease open.
+        """
+        with self._lock:
+            self._expire()
+            lease = self._leases.get(episode)
+            if lease is None or lease.worker != worker or self._online.find(trajectory.id) is not None:
+                self._meter.count("rejected_episodes")
+                return False
+            trajectory.check(self.spec)
+            if trajectory.reward is None or len(trajectory) > lease.max_steps:
+                raise FormatError(
+                    f"Episode {episode} of {worker} must have a reward and at most {lease.max_steps} steps, "
+                    f"not {len(trajectory)}."
+                )
+            stats = {**trajectory.stats, "episode": float(episode)}
+            row = self._online.append(dataclasses.replace(trajectory, stats=stats))
+            del self._leases[episode]
+            self._limiter.insert(len(trajectory))
+            self._draw_from(np.array([row]), np.array([len(trajectory)]))
+            self._meter.count("episodes")
+            self._meter.count("collected", len(trajectory), rate=True)
+            return True
+
+    def release(self, worker: str, episode: int | None = None) -> int:
+        """Gives back the worker's open leases, or one of them; returns how many. For episodes that failed and for
+        workers that died."""
+        with self._lock:
+            gone = [e for e, lease in self._leases.items() if lease.worker == worker and episode in (None, e)]
+            for e in gone:
+                del self._leases[e]
+            self._meter.count("released_leases", len(gone))
+            return len(gone)
+
+    def drain_episodes(self, cursor: int = 0) -> tuple[list[dict[str, float]], int]:
+        """The collected episodes since `cursor`, in order of insertion, and the cursor to ask with next time.
+
+        Of each its stats, `episode`, `steps`, and `agent_steps` and `frames` collected up to its end. The caller keeps
+        the cursor (0 at first), so that an answer lost is asked for again and none is counted twice.
+        """
+        with self._lock:
+            rows = self._online.rows()
+            ends = np.cumsum(self._online.catalog.length[rows], dtype=np.int64)
+            new = zip(rows.tolist(), ends.tolist(), strict=True)
+            return [self._episode_stats(row, end) for row, end in new if row >= cursor], len(self._online)
+
+    # ------------------------------------------------------------------ learning
+
+    def sample(self) -> Batch | None:
+        """The next batch, or None: collection is behind, or the learner has replayed all that the budget pays for.
+
+        Rewards are those of the online rows; rehearsed rows never have one.
+        """
+        with self._lock:
+            steps = self.config.sample_steps
+            if self.target_reached or not self._limiter.can_sample(steps):
+                self._meter.count("sample_waits")
+                return None
+            started = time.perf_counter()
+            rng = np.random.default_rng([self.seed, self._batches])
+            rehearsed = self.config.rehearsal_rows if len(self._rehearsal) else 0
+            refs = self._recent.draw(self.config.batch - rehearsed, rng) + self._rehearsal.draw(rehearsed, rng)
+            stores = {"online": self._online} | ({"pool": self._pool} if self._pool is not None else {})
+            out = self._buffers[self._batches % len(self._buffers)] if self._buffers else self._new_buffer()
+            batch = cut(stores, refs, self.config.length, self._max_action_dim, reward_from=("online",), out=out)
+            self._limiter.sample(steps)
+            self._batches += 1
+            self._meter.count("sampled", steps, rate=True)
+            self._meter.mean({"sample_ms": (time.perf_counter() - started) * 1e3})
+            return batch
+
+    @property
+    def collected(self) -> int:
+        """Agent steps inserted."""
+        return self._limiter.inserted
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole budget is inserted."""
+        return self.collected >= self.config.budget
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the learner has replayed, to the batch, what the whole budget pays for."""
+        due = self._limiter.samples_due(self.config.budget, self.config.sample_steps)
+        return self._limiter.sampled >= due
+
+    def stats(self) -> dict[str, float]:
+        with self._lock:
+            leases = {"open_leases": len(self._leases), "leased": self._leased}
+            now = {"collected": self.collected, "sampled": self._limiter.sampled, "drawn_from": self._recent.steps}
+            flags = {"finished": self.finished, "target_reached": self.target_reached}
+            for name, value in (leases | now | flags).items():
+                self._meter.gauge(name, value)
+            return self._meter.stats()
+
+    # ------------------------------------------------------------------ saving
+
+    def state(self) -> dict[str, Any]:
+        """Plain data that continues the run with the same online store. Open leases are not kept: their workers end
+        with the run."""
+        with self._lock:
+            return {
+                "version": STATE_VERSION, "seed": self.seed, "store": self._online.id, "rows": len(self._online),
+                "sampled": self._limiter.sampled, "batches": self._batches, "next_episode": self._next_episode,
+            }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`. Episodes that the online store has beyond it were acknowledged, and count."""
+        with self._lock:
+            if state.get("version") != STATE_VERSION:
+                raise FormatError(f"Replay state of version {state.get('version')}; this is version {STATE_VERSION}.")
+            if state["seed"] != self.seed:
+                raise UsageError(f"The run was saved with seed {state['seed']}; it cannot go on with {self.seed}.")
+            if state["store"] != self._online.id or state["rows"] > len(self._online):
+                raise FormatError(
+                    f"The online store {self._online.path} is not the one of the saved run, or has lost episodes: "
+                    f"saved with {state['rows']}, it has {len(self._online)}."
+                )
+            self._leases.clear()
+            self._batches, self._next_episode = int(state["batches"]), int(state["next_episode"])
+            self._count_online(int(state["sampled"]))
+
+    def _count_online(self, sampled: int) -> None:
+        """Sets what follows from the online store: steps inserted, what to draw from, episode numbers in use."""
+        rows = self._online.rows()
+        steps = self._online.catalog.length[rows]
+        self._limiter = self.config.limiter()
+        self._limiter.insert(int(steps.sum()))
+        self._limiter.sample(sampled)
+        self._recent = SequenceSampler("online", self.config.length)
+        self._draw_from(rows, steps)
+        used = (int(self._online.catalog.stats(row).get("episode", -1)) for row in rows.tolist())
+        self._next_episode = max(self._next_episode, 1 + max(used, default=-1))
+
+    # ------------------------------------------------------------------ with the lock held
+
+    @property
+    def _leased(self) -> int:
+        return sum(lease.max_steps for lease in self._leases.values())
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for episode in [e for e, lease in self._leases.items() if lease.deadline <= now]:
+            del self._leases[episode]
+            self._meter.count("expired_leases")
+
+    def _draw_from(self, rows: np.ndarray, steps: np.ndarray) -> None:
+        self._recent.extend(rows, steps)
+        if self.config.capacity is not None:
+            self._recent.forget_beyond(self.config.capacity)
+
+    def _episode_stats(self, row: int, agent_steps: int) -> dict[str, float]:
+        steps = int(self._online.catalog.length[row])
+        frames = agent_steps * self.spec.action_repeat
+        return {**self._online.catalog.stats(row), "steps": steps, "agent_steps": agent_steps, "frames": frames}

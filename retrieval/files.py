@@ -1,0 +1,81 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from gsa.errors import UsageError
+
+
+class WholeFile(io.FileIO):
+    """An unbuffered file whose `write` writes all or raises: a disk that fills up is not taken for success."""
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        total = len(view)
+        while view:
+            view = view[super().write(view) or 0 :]
+        return total
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path`, durably, when the block ends without an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class WriterLock:
+    """The right to write to a store's folder. The system takes it back from a process that dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "writer.lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UsageError(f"{owner} writes to the store {folder} already; a store has one writer.") from None
+        self._file.truncate(0)
+        self._file.write(f"Process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process writes to the store's folder now."""
+    try:
+        with (folder / "writer.lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file yet, or not ours to open
+        return False
+    return False

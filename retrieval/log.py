@@ -1,0 +1,116 @@
+"""The catalog's log: a line a trajectory, `<crc-32 of the rest> <JSON>`.
+
+A line that is torn or damaged is known by its checksum, and as each line carries its row number, rows never move,
+whatever is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retrieval.files import WholeFile, replace_file
+from retrieval.shard import Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of the catalog. `embodiment` is empty where the row is lost and nothing else is known of it."""
+
+    row: int
+    id: str = ""
+    embodiment: str = ""
+    source: str = ""
+    length: int = 0
+    has: int = 0
+    crc: int = 0
+    shard: int = -1
+    start: int = 0
+    end: int = 0
+    offsets: tuple[int, ...] = ()
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.start, self.end, self.offsets)
+
+    def line(self) -> bytes:
+        text = json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+        return b"%08x %s\n" % (zlib.crc32(text), text)
+
+    @classmethod
+    def parse(cls, line: bytes) -> Record | None:
+        """The record of a whole line; None where it is torn or damaged."""
+        crc, _, text = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+            return None
+        try:
+            data = json.loads(text.decode())
+            data["offsets"] = tuple(data["offsets"])
+            return cls(**data)
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+class Log:
+    """The catalog's file: reads whole lines from where it stopped, appends durably."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+        self._inode = os.stat(path).st_ino
+
+    def read(self) -> Iterator[tuple[Record | None, int]]:
+        """Each whole line after `position`, as (record, its first byte); None for a damaged one. A torn last line
+        is not read: it may still be growing."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                start = self.position
+                self.position += len(line)
+                yield Record.parse(line), start
+
+    def size(self) -> int:
+        return os.stat(self.path).st_size
+
+    def replaced(self) -> bool:
+        """Whether the file is no longer the one that was read."""
+        now = os.stat(self.path)
+        return now.st_ino != self._inode or now.st_size < self.position
+
+    def before(self, position: int) -> bytes:
+        """The last bytes before `position`: the end of a line that no other log has there."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, position - 256))
+            return file.read(min(256, position))
+
+    def cut(self) -> int:
+        """Cuts a torn last line; returns its bytes."""
+        torn = max(0, self.size() - self.position)
+        if torn:
+            os.truncate(self.path, self.position)
+        return torn
+
+    def rewrite(self, lines: Iterable[bytes]) -> None:
+        """Puts a new log in the place of this one."""
+        with replace_file(self.path) as file:
+            file.writelines(lines)
+        self.position, self._inode = self.size(), os.stat(self.path).st_ino
+
+    def append(self, lines: bytes) -> None:
+        """Durable when it returns; on failure the log is as it was."""
+        with WholeFile(self.path, "r+") as file:
+            try:
+                file.seek(self.position)
+                file.write(lines)
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), self.position)
+                raise
+        self.position += len(lines)

@@ -1,0 +1,185 @@
+"""Opening a store, and what a crash or a bad disk did to it: what can be had back, the names of what cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gsa.errors import FormatError
+from retrieval.catalog import Catalog
+from retrieval.files import is_locked
+from retrieval.log import Log, Record
+from retrieval.manifest import Manifest
+from retrieval.shard import is_finished, map_file, read_columns, scan, spec_of
+
+LOG, SNAPSHOT = "catalog.log", "catalog.arrow"
+
+
+def load_catalog(folder: Path, manifest: Manifest, repair: bool) -> tuple[Catalog, Log, list[str]]:
+    """The catalog, its log, and what was found amiss, a sentence each. `repair` needs the writer's lock.
+
+    Raises FormatError where there is no catalog at all.
+    """
+    try:
+        log = Log(folder / LOG)
+    except OSError as error:
+        raise FormatError(f"The store {folder} has no readable {LOG}: {error.strerror}.") from None
+    catalog, notes = _snapshot(folder, log)
+    notes += read_log(catalog, log, manifest, folder)
+    if repair:
+        notes += _repair(folder, catalog, log, manifest, damaged=bool(notes))
+    elif log.size() > log.position and not is_locked(folder):
+        notes.append(f"{LOG} ends in an unfinished line; opening the store for writing repairs it.")
+    return catalog, log, notes + mark_lost(catalog, folder)
+
+
+def read_log(catalog: Catalog, log: Log, manifest: Manifest, folder: Path) -> list[str]:
+    """Enters what the log has grown by into the catalog; says which lines are damaged. Their rows are lost."""
+    notes = []
+    codes = {name: code for code, name in enumerate(manifest.specs)} | {"": -1}
+    for record, start in log.read():
+        if record is None:
+            notes.append(f"Damaged: the line at byte {start} of {LOG}, row {len(catalog)}.")
+            record = Record(len(catalog))
+        elif record.embodiment not in codes:
+            manifest.reload(folder)
+            codes |= {name: code for code, name in enumerate(manifest.specs)}
+        catalog.put(record, codes.get(record.embodiment, -1))
+    return notes
+
+
+def _snapshot(folder: Path, log: Log) -> tuple[Catalog, list[str]]:
+    if not (folder / SNAPSHOT).exists():
+        return Catalog(), []
+    try:
+        catalog = Catalog.load(folder / SNAPSHOT, log)
+    except FormatError:
+        return Catalog(), []  # nothing is lost: the log has it all
+    shorter = log.size() < log.position
+    return catalog, [f"Damaged: {LOG} is shorter than its snapshot."] if shorter else []
+
+
+def _repair(folder: Path, catalog: Catalog, log: Log, manifest: Manifest, damaged: bool) -> list[str]:
+    """Brings catalog and shards to agree again, on disk too."""
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    notes = []
+    if log.size() > log.position:
+        notes.append(f"Dropped: the last {log.cut()} bytes of {LOG}, an unfinished line.")
+    before, names = len(catalog), list(manifest.specs)
+    for record in found_again(folder, catalog, manifest, whole=damaged):
+        catalog.put(record, manifest.code(record.embodiment))
+        notes.append(f"Found again: trajectory {record.id} of {record.source or 'no source'} (row {record.row}).")
+    if damaged:
+        (folder / SNAPSHOT).unlink(missing_ok=True)
+        log.rewrite(catalog.record(row, names).line() for row in range(len(catalog)))
+        return notes  # where the catalog is in doubt no shard is cut
+    if len(catalog) > before:
+        log.append(b"".join(catalog.record(row, names).line() for row in range(before, len(catalog))))
+    return notes + cut_unfinished(folder, catalog)
+
+
+def mark_lost(catalog: Catalog, folder: Path) -> list[str]:
+    """Marks the rows whose shard ends before they do as unreadable; says which."""
+    shards = catalog.column("shard")
+    present = [shard for shard in np.unique(shards).tolist() if shard >= 0]
+    sizes = np.zeros(max(present, default=-1) + 2, np.int64)  # the last one stands for shard -1
+    for shard in present:
+        sizes[shard] = file_size(shard_path(folder, shard))
+    lost = catalog.readable & (catalog.column("end") > sizes[shards])
+    catalog.readable[lost] = False
+    return [_lost_row(catalog, row) for row in np.flatnonzero(lost).tolist()]
+
+
+def found_again(folder: Path, catalog: Catalog, manifest: Manifest, whole: bool) -> list[Record]:
+    """Whole trajectories in the shards that the catalog does not have, by row.
+
+    Looks at what comes after the last catalogued trajectory of each shard; with `whole`, at all of it.
+    """
+    ends = _catalogued_ends(folder, catalog)
+    records: dict[int, Record] = {}
+    for shard in sorted(ends):
+        for record in _uncatalogued(shard_path(folder, shard), shard, manifest, 0 if whole else ends[shard]):
+            known = record.row < len(catalog) and catalog.column("shard")[record.row] >= 0
+            if not known:
+                records[record.row] = record
+    return [records[row] for row in sorted(records)]
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / "shards" / f"{shard:06d}.arrow"
+
+
+def shard_numbers(folder: Path) -> list[int]:
+    return sorted(int(p.stem) for p in (folder / "shards").glob("*.arrow") if p.stem.isdecimal())
+
+
+def file_size(path: Path) -> int:
+    """In bytes; -1 where there is no such file."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1
+
+
+def cut_unfinished(folder: Path, catalog: Catalog) -> list[str]:
+    """Cuts what a dying writer left at the end of its shards; says what was dropped.
+
+    A shard of which nothing is catalogued is put aside rather than removed, unless it has no more than a beginning
+    of a header: its trajectories may be whole but for their first byte.
+    """
+    notes = []
+    ends = _catalogued_ends(folder, catalog)
+    for shard, end in ends.items():
+        path = shard_path(folder, shard)
+        size = file_size(path)
+        if end == 0 and spec_of(path) is None:
+            path.unlink()
+            notes.append(f"Dropped: shards/{path.name}, {size} bytes without a trajectory.")
+        elif end == 0:
+            path.rename(path.with_suffix(".dropped"))
+            notes.append(
+                f"Dropped: shards/{path.name}, {size} bytes of trajectories never acknowledged; it is now "
+                f"{path.stem}.dropped and can be deleted."
+            )
+        elif size > end and not is_finished(path, end):
+            os.truncate(path, end)
+            notes.append(
+                f"Dropped: the last {size - end} bytes of shards/{path.name}, of a trajectory never acknowledged."
+            )
+    return notes
+
+
+def _catalogued_ends(folder: Path, catalog: Catalog) -> dict[int, int]:
+    """Shard on disk → where its last catalogued trajectory ends; 0 where it has none."""
+    shards, ends = catalog.column("shard"), catalog.column("end")
+    last = np.zeros(max(int(shards.max(initial=-1)), *shard_numbers(folder), -1) + 1, np.int64)
+    np.maximum.at(last, shards[shards >= 0], ends[shards >= 0])
+    return {shard: int(last[shard]) for shard in shard_numbers(folder)}
+
+
+def _uncatalogued(path: Path, shard: int, manifest: Manifest, start: int) -> Iterator[Record]:
+    """The trajectories of a shard from byte `start` on that are whole and have their checksum."""
+    spec = spec_of(path)
+    if spec is None or spec.embodiment not in manifest.specs:
+        return
+    layout, codec = manifest.layouts[manifest.code(spec.embodiment)], manifest.codec
+    for note, extent in scan(path, layout, start, codec):
+        try:
+            record = Record(**note, shard=shard, start=extent.start, end=extent.end, offsets=extent.offsets)
+            content = read_columns(map_file(path), layout, record.length, record.has, extent, codec)
+        except (FormatError, TypeError, ValueError):
+            return
+        if layout.checksum(content) == record.crc:
+            yield record
+
+
+def _lost_row(catalog: Catalog, row: int) -> str:
+    shard, end = int(catalog.column("shard")[row]), int(catalog.column("end")[row])
+    return (
+        f"Lost: trajectory {catalog.id(row)} of {catalog.source(row) or 'no source'} (row {row}): "
+        f"shards/{shard:06d}.arrow is missing or ends before byte {end}."
+    )

@@ -1,0 +1,43 @@
+"""A Gymnasium environment whose image tells its step: for whole runs that need no simulator."""
+
+from __future__ import annotations
+
+import time
+
+import gymnasium as gym
+import numpy as np
+
+STEPS = 20
+
+
+class Counting(gym.Env):
+    """Rewards a first action near 0.5; the image brightens with every step, its corner tells the step."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, render_mode: str | None = None, pause_s: float = 0.0) -> None:
+        self.render_mode, self.pause_s, self.steps = render_mode, pause_s, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._image(), {}
+
+    def step(self, action):
+        self.steps += 1
+        time.sleep(self.pause_s)
+        return self._image(), 1.0 - abs(float(action[0]) - 0.5), False, False, {}
+
+    def render(self):
+        return self._image()
+
+    def _image(self):
+        image = np.full((64, 64, 3), 10 * self.steps, np.uint8)
+        image[0, 0] = self.steps
+        return image
+
+
+gym.register("Counting-v0", Counting, max_episode_steps=STEPS)
+gym.register("SlowCounting-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.05})

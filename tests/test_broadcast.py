@@ -1,0 +1,508 @@
+"""The weight broadcast: one contract for both twins, then what only a real server can do to us."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import redis
+
+from deploy.redis_server import EmbeddedRedis
+from gsa import packing, redis_link
+from gsa.broadcast import MemoryBroadcast, RedisPublisher, RedisSubscriber
+from gsa.errors import FormatError, StaleError, Unavailable, UsageError
+from gsa.redis_link import Head, RedisLink
+from gsa.schema import WeightSnapshot
+
+SOON_S = 20
+
+
+@pytest.fixture(scope="module")
+def server():
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def run():
+    """A run of its own on the shared server."""
+    return f"run-{random.getrandbits(64):x}"
+
+
+def snapshot(version, size=1000, **meta):
+    """Every number in it says its version: a torn one shows."""
+    tensors = {
+        "encoder.weight": np.full((size, 3), version, np.float32),
+        "core/bias": np.full(7, version, np.float32),
+        "steps": np.array(version, np.int64),
+    }
+    return WeightSnapshot(version, tensors, {"updates": version, **meta})
+
+
+def assert_whole(received, version=None):
+    version = received.version if version is None else version
+    assert received.version == version == received.meta["updates"]
+    for name, tensor in snapshot(version).tensors.items():
+        assert received.tensors[name].dtype == tensor.dtype
+        assert (received.tensors[name] == version).all()
+    assert received.tensors["steps"].shape == ()
+
+
+# The contract
+
+
+class Twin:
+    """How a test makes the two faces of one group."""
+
+    def __init__(self, publisher, subscriber):
+        self.publisher, self.subscriber = publisher, subscriber
+
+
+@pytest.fixture(params=["redis", "memory"])
+def twin(request, run):
+    made = []
+
+    def kept(part):
+        made.append(part)
+        return part
+
+    if request.param == "redis":
+        url = request.getfixturevalue("server").url
+        yield Twin(lambda **o: kept(RedisPublisher(url, run, **o)), lambda: kept(RedisSubscriber(url, run)))
+    else:
+        memory = MemoryBroadcast()
+        yield Twin(lambda **o: kept(memory.publisher(**o)), lambda: kept(memory.subscriber()))
+    for part in made:
+        part.close()
+
+
+class TestContract:
+    def test_what_is_published_arrives_once_and_whole(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        assert subscriber.poll() is None
+        assert publisher.publish(snapshot(3, architecture="abc"))
+        received = subscriber.wait(3, SOON_S)
+        assert_whole(received, 3)
+        assert received.meta["architecture"] == "abc"
+        assert received.meta["epoch"] == publisher.epoch
+        assert subscriber.poll() is None
+
+    def test_poll_hands_over_the_newest(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        for version in range(5):
+            publisher.publish(snapshot(version))
+        assert publisher.flush(SOON_S)
+        deadline = time.monotonic() + SOON_S
+        seen = []
+        while 4 not in seen and time.monotonic() < deadline:
+            if (received := subscriber.poll()) is not None:
+                assert_whole(received)
+                seen.append(received.version)
+        assert seen == sorted(set(seen))
+        assert seen[-1] == 4
+
+    def test_version_only_rises(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        assert publisher.publish(snapshot(5))
+        assert not publisher.publish(snapshot(5))
+        assert not publisher.publish(snapshot(4))
+        assert publisher.flush(SOON_S)
+        assert subscriber.wait(0, SOON_S).version == 5
+        assert publisher.publish(snapshot(6))
+        assert subscriber.wait(6, SOON_S).version == 6
+
+    def test_late_joiner_gets_the_newest(self, twin):
+        publisher = twin.publisher()
+        publisher.publish(snapshot(1))
+        publisher.publish(snapshot(2))
+        assert publisher.flush(SOON_S)
+        assert_whole(twin.subscriber().wait(0, SOON_S), 2)
+
+    def test_many_subscribers_each_get_it(self, twin):
+        publisher, subscribers = twin.publisher(), [twin.subscriber() for _ in range(3)]
+        publisher.publish(snapshot(1))
+        for subscriber in subscribers:
+            assert_whole(subscriber.wait(1, SOON_S), 1)
+
+    def test_the_learner_may_change_its_weights_at_once(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        weights = snapshot(1)
+        publisher.publish(weights)
+        for tensor in weights.tensors.values():
+            tensor[...] = 99
+        assert_whole(subscriber.wait(1, SOON_S), 1)
+
+    def test_received_tensors_cannot_be_changed(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        publisher.publish(snapshot(1))
+        for tensor in subscriber.wait(1, SOON_S).tensors.values():
+            with pytest.raises(ValueError, match="read-only"):
+                tensor[...] = 0
+
+    def test_stale_learner_is_fenced_off(self, twin):
+        stale, subscriber = twin.publisher(), twin.subscriber()
+        stale.publish(snapshot(10))
+        assert stale.flush(SOON_S)
+        fresh = twin.publisher()
+        assert fresh.epoch > stale.epoch
+        assert fresh.latest == 10
+        with pytest.raises(StaleError, match="taken over"):
+            stale.publish(snapshot(11)) and stale.flush(SOON_S)
+        with pytest.raises(StaleError):
+            stale.publish(snapshot(12))
+        assert fresh.publish(snapshot(11))
+        received = subscriber.wait(11, SOON_S)
+        assert received.meta["epoch"] == fresh.epoch
+
+    def test_learner_back_from_an_older_checkpoint_is_followed(self, twin):
+        first, subscriber = twin.publisher(), twin.subscriber()
+        first.publish(snapshot(10))
+        assert subscriber.wait(10, SOON_S).version == 10
+        first.close()
+        again = twin.publisher()
+        assert again.publish(snapshot(7))
+        assert again.flush(SOON_S)
+        deadline = time.monotonic() + SOON_S
+        while (received := subscriber.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert_whole(received, 7)
+
+    def test_numbered_learners(self, twin):
+        assert twin.publisher(epoch=5).epoch == 5
+        with pytest.raises(StaleError):
+            twin.publisher(epoch=4)
+        assert twin.publisher().epoch > 5
+
+    def test_wait_says_what_is_missing(self, twin):
+        with pytest.raises(Unavailable, match="Version 3 of the weights did not come"):
+            twin.subscriber().wait(3, 0.01)
+
+    def test_stats_count(self, twin):
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        publisher.publish(snapshot(1))
+        publisher.flush(SOON_S)
+        subscriber.wait(1, SOON_S)
+        assert publisher.stats()["broadcast/published"] == 1
+        assert subscriber.stats()["broadcast/received"] == 1
+        assert subscriber.stats()["broadcast/version"] == 1
+
+
+# The bytes
+
+
+def through_the_wire(weights, bf16=False):
+    packed = packing.pack(weights, bf16)
+    return packing.unpack(packed.manifest(1), lambda i: bytes(packed.chunks[i]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_dtype_and_shape_survives(bf16):
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{dtype}{shape}": rng.integers(0, 2, shape).astype(dtype)
+        for dtype in ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool")
+        for shape in ((), (1,), (0, 3), (5, 7, 2))
+    }
+    tensors["transposed"] = rng.integers(0, 100, (3, 4)).astype(np.float32).T
+    received = through_the_wire(WeightSnapshot(1, tensors), bf16)
+    assert list(received.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        assert received.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(received.tensors[name], tensor)
+
+
+def test_bfloat16_rounds_to_the_nearest_and_leaves_biases_alone():
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((300, 40)) * 10.0 ** rng.integers(-30, 30, (300, 40))).astype(np.float32)
+    weight[0, :5] = np.inf, -np.inf, np.nan, 0, -0.0
+    weight[1] = (np.arange(40, dtype=np.uint32) * 0x8000 + 0x3F800000).view(np.float32)  # halfway between two
+    bias = rng.standard_normal(50).astype(np.float32)
+    weights = WeightSnapshot(1, {"weight": weight, "bias": bias})
+    received = through_the_wire(weights, bf16=True).tensors
+    np.testing.assert_array_equal(received["bias"], bias)
+    torch = pytest.importorskip("torch")
+    expected = torch.from_numpy(weight.copy()).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(received["weight"], expected)
+    assert packing.pack(weights, bf16=True).size < 0.6 * packing.pack(weights).size
+
+
+def test_damaged_bytes_are_refused():
+    packed = packing.pack(snapshot(1))
+    manifest, chunk = packed.manifest(1), bytes(packed.chunks[0])
+    flipped = bytearray(chunk)
+    flipped[100] ^= 1
+    for wrong in (bytes(flipped), chunk[:-1], chunk + b"\0", b""):
+        with pytest.raises(FormatError, match="Chunk 0 of version 1 is damaged"):
+            packing.unpack(manifest, lambda i, wrong=wrong: wrong)
+    assert packing.unpack(manifest, lambda i: None) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"", b"[]", b"null", b"\xff", b'{"format": 2}', b"[" * 100_000,
+        b'"version": 1|"version": -1', b'"version": 1|"version": 1.5', b'"version": 1|"version": true',
+        b'"bytes": 12160|"bytes": 99999999999999', b'"bytes": 12160|"bytes": 12000',
+        b'"chunk_bytes": 8388608|"chunk_bytes": 0',
+        b'"float32"|"object"', b'"float32"|"O"', b"[1000, 3]|[1000, -3]", b"[1000, 3]|[100000, 3]",
+        b"[1000, 3]|[1000, 3.0]", b"[7], 12032|[7], 12031", b"[7], 12032|[7], 99968", b'"core/bias"|7',
+        b'"meta": {|"meta": 1, "x": {',
+    ],
+)  # fmt: skip
+def test_manifests_without_sense_are_refused(wrong):
+    good = packing.pack(snapshot(1)).manifest(1)
+    before, bar, after = wrong.partition(b"|")
+    assert not bar or good.count(before) >= 1
+    with pytest.raises(FormatError, match=r"manifest|format"):
+        packing.unpack(good.replace(before, after) if bar else wrong, lambda i: pytest.fail("asked for data"))
+
+
+def test_what_cannot_be_published_is_refused_at_once(server, run):
+    publisher = RedisPublisher(server.url, run)
+    with pytest.raises(FormatError, match="dtype object"):
+        publisher.publish(WeightSnapshot(1, {"a": np.array([None])}))
+    with pytest.raises(FormatError, match="plain data"):
+        publisher.publish(WeightSnapshot(1, {}, {"a": object()}))
+    publisher.close()
+
+
+# A real server
+
+
+@contextmanager
+def closing(*parts):
+    try:
+        yield parts
+    finally:
+        for part in parts:
+            part.close()
+
+
+@pytest.fixture
+def own_server():
+    """A server that a test may hurt."""
+    with EmbeddedRedis() as server:
+        yield server
+        if server._process.poll() is None:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def restarted(server):
+    """Kills the server and starts it again, empty, at the same address with the same password."""
+    server._process.kill()
+    server._process.wait()
+    assert server._start(server.port)
+
+
+def eventually(condition, what):
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_in_many_chunks(server, run, monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK_BYTES", 1000)
+    with closing(RedisPublisher(server.url, run), RedisSubscriber(server.url, run)) as (publisher, subscriber):
+        publisher.publish(snapshot(1))
+        assert_whole(subscriber.wait(1, SOON_S), 1)
+        client = redis.Redis.from_url(server.url)
+        assert len(client.keys(f"gsa:{run}:policy:*:1:*")) == 14
+
+
+def test_superseded_versions_expire_and_the_newest_does_not(server, run):
+    client = redis.Redis.from_url(server.url)
+    with closing(RedisPublisher(server.url, run)) as (publisher,):
+        for version in range(3):
+            publisher.publish(snapshot(version))
+            assert publisher.flush(SOON_S)
+        for version in range(3):
+            keys = client.keys(f"gsa:{run}:policy:{publisher.epoch}:{version}:*")
+            assert len(keys) == 2
+            for key in keys:
+                ttl = client.ttl(key)
+                assert (0 < ttl <= redis_link.GRACE_S) if version < 2 else (ttl == -1)
+        again = RedisPublisher(server.url, run)
+        again.publish(snapshot(3))
+        assert again.flush(SOON_S)
+        assert all(client.ttl(key) > 0 for key in client.keys(f"gsa:{run}:policy:{publisher.epoch}:2:*"))
+        again.close()
+
+
+def test_unfinished_version_cannot_be_seen_and_expires(server, run):
+    client = redis.Redis.from_url(server.url)
+    with closing(RedisPublisher(server.url, run), RedisSubscriber(server.url, run)) as (publisher, subscriber):
+        publisher.publish(snapshot(1))
+        subscriber.wait(1, SOON_S)
+        packed, head = packing.pack(snapshot(2)), Head(publisher.epoch, 2, 1)
+        manifest = f"gsa:{run}:policy:{publisher.epoch}:2:manifest"
+        client.set(manifest, packed.manifest(publisher.epoch), ex=redis_link.UNFINISHED_S)  # and there it was killed
+        client.publish(f"gsa:{run}:policy:notice", 2)
+        with pytest.raises(Unavailable):
+            subscriber.wait(2, 0.3)
+        with pytest.raises(redis.RedisError, match="incomplete"):
+            publisher._link.flip(head)  # nor can it be made the head
+        assert 0 < client.ttl(manifest) <= redis_link.UNFINISHED_S
+
+
+PUBLISH_FOR_EVER = """
+import sys
+from gsa.broadcast import RedisPublisher
+from tests.test_broadcast import snapshot
+publisher = RedisPublisher(sys.argv[1], sys.argv[2])
+version = publisher.latest + 1
+print(version, flush=True)
+while True:
+    publisher.publish(snapshot(version, size=100_000))
+    version += 1
+    publisher.flush(10)
+"""
+
+
+def test_publisher_killed_at_any_moment_leaves_no_torn_snapshot(server, run):
+    """Killed five times while it publishes; its successor goes on above; what is received is always whole."""
+    with closing(RedisSubscriber(server.url, run)) as (subscriber,):
+        seen, stop = [], threading.Event()
+
+        def follow():
+            while not stop.is_set():
+                if (received := subscriber.poll()) is not None:
+                    seen.append(received)
+
+        thread = threading.Thread(target=follow)
+        thread.start()
+        try:
+            for _ in range(5):
+                process = subprocess.Popen(
+                    [sys.executable, "-c", PUBLISH_FOR_EVER, server.url, run], stdout=subprocess.PIPE
+                )
+                first = int(process.stdout.readline())
+                subscriber.wait(first, SOON_S)
+                time.sleep(random.uniform(0, 0.15))
+                process.kill()
+                process.wait()
+                process.stdout.close()
+        finally:
+            stop.set()
+            thread.join()
+        assert len(seen) > 5
+        for received in seen:
+            assert_whole(received)
+        order = [(received.meta["epoch"], received.version) for received in seen]
+        assert order == sorted(set(order))
+        assert [version for _, version in order] == sorted({version for _, version in order})
+        assert subscriber.stats().get("broadcast/fetch_errors", 0) == 0
+
+
+def test_server_back_and_empty_is_filled_again(own_server, run):
+    """The learner publishes what it last had, without being asked; the subscribers go on."""
+    with closing(RedisPublisher(own_server.url, run), RedisSubscriber(own_server.url, run)) as (publisher, subscriber):
+        publisher.publish(snapshot(1))
+        assert_whole(subscriber.wait(1, SOON_S), 1)
+        restarted(own_server)
+        late = RedisSubscriber(own_server.url, run)
+        assert_whole(late.wait(1, SOON_S), 1)
+        late.close()
+        publisher.publish(snapshot(2))
+        assert_whole(subscriber.wait(2, SOON_S), 2)
+        assert publisher.stats()["broadcast/republished"] == 1
+        assert subscriber.stats()["broadcast/fetch_errors"] >= 1
+
+
+def test_stale_learner_cannot_return_through_an_emptied_server(own_server, run):
+    with closing(RedisPublisher(own_server.url, run), RedisPublisher(own_server.url, run)) as (stale, fresh):
+        fresh.publish(snapshot(1))
+        assert fresh.flush(SOON_S)
+        restarted(own_server)
+        stale._last = packing.pack(snapshot(50))  # it believes it has something to say, and may well be first
+        subscriber = RedisSubscriber(own_server.url, run)
+        link = RedisLink(own_server.url, run, "policy")
+        eventually(lambda: link.head() == Head(fresh.epoch, 1, 1), "not taken back")
+        eventually(lambda: stale._fenced, "not fenced")
+        eventually(lambda: subscriber._order == (fresh.epoch, 1), "not followed")
+        subscriber.close()
+
+
+def test_server_down_from_the_start(own_server, run):
+    """Both sides can begin without it; they meet once it is there."""
+    own_server._process.kill()
+    own_server._process.wait()
+    with closing(RedisPublisher(own_server.url, run), RedisSubscriber(own_server.url, run)) as (publisher, subscriber):
+        assert publisher.publish(snapshot(1))
+        assert not publisher.flush(0.3)
+        assert subscriber.poll() is None
+        assert own_server._start(own_server.port)
+        assert_whole(subscriber.wait(1, SOON_S), 1)
+        assert publisher.stats()["broadcast/publish_errors"] >= 1
+
+
+def test_neither_side_ever_blocks_on_a_stopped_server(own_server, run, monkeypatch):
+    """The worst server: it takes connections and never answers."""
+    monkeypatch.setattr(redis_link, "SOCKET_TIMEOUT_S", 1.0)
+    with closing(RedisPublisher(own_server.url, run), RedisSubscriber(own_server.url, run)) as (publisher, subscriber):
+        publisher.publish(snapshot(1))
+        subscriber.wait(1, SOON_S)
+        os.kill(own_server.pid, signal.SIGSTOP)
+        slowest, began = 0.0, time.monotonic()
+        version = 2
+        while time.monotonic() < began + 3:
+            started = time.monotonic()
+            assert subscriber.poll() is None
+            publisher.publish(snapshot(version))
+            slowest = max(slowest, time.monotonic() - started)
+            version += 1
+            time.sleep(0.01)
+        os.kill(own_server.pid, signal.SIGCONT)
+        assert slowest < 0.5, "waited for the server"  # a loaded machine's scheduler, not a socket's timeout
+        assert_whole(subscriber.wait(version - 1, SOON_S), version - 1)
+
+
+def test_wrong_password_is_a_clear_error(server, run):
+    for part in (RedisPublisher, RedisSubscriber):
+        for user in ("", ":wrong@", "nobody:wrong@"):
+            with pytest.raises(UsageError, match=r"Redis at 127.0.0.1:\d+ refuses us.*password in the URL") as caught:
+                part(f"redis://{user}127.0.0.1:{server.port}/0", run)
+            assert "wrong@" not in str(caught.value)
+        with pytest.raises(UsageError, match="Not the URL"):
+            part("127.0.0.1:6379", run)
+        with pytest.raises(UsageError, match="named by letters"):
+            part(server.url, "a run:*")
+
+
+def test_groups_and_runs_do_not_mix(server, run):
+    with closing(
+        RedisPublisher(server.url, run), RedisPublisher(server.url, run, "prior"),
+        RedisSubscriber(server.url, run), RedisSubscriber(server.url, run, "prior"),
+        RedisSubscriber(server.url, run + "x"),
+    ) as (policy, prior, to_policy, to_prior, to_other):  # fmt: skip
+        policy.publish(snapshot(1))
+        prior.publish(snapshot(2))
+        assert to_policy.wait(1, SOON_S).version == 1
+        assert to_prior.wait(1, SOON_S).version == 2
+        assert to_other.poll() is None
+
+
+def test_foreign_bytes_at_the_head_are_survived(server, run):
+    client = redis.Redis.from_url(server.url)
+    client.set(f"gsa:{run}:policy:head", b"9999999999999999999999999 nonsense")
+    with closing(RedisSubscriber(server.url, run)) as (subscriber,):
+        eventually(lambda: subscriber.stats().get("broadcast/fetch_errors", 0) > 0, "nothing noticed")
+        client.delete(f"gsa:{run}:policy:head")
+        with closing(RedisPublisher(server.url, run)) as (publisher,):
+            publisher.publish(snapshot(1))
+            assert_whole(subscriber.wait(1, SOON_S), 1)
+
+
+def test_bf16_on_the_wire(server, run):
+    with closing(RedisPublisher(server.url, run, bf16=True), RedisSubscriber(server.url, run)) as (
+        publisher,
+        subscriber,
+    ):
+        publisher.publish(snapshot(100))
+        assert_whole(subscriber.wait(100, SOON_S), 100)

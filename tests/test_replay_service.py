@@ -1,0 +1,527 @@
+"""The replay service: an exact budget whatever workers do, and a run that continues where it stood."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gsa.errors import FormatError, SpecMismatch, Unavailable, UsageError
+from gsa.schema import Lease, NoLease
+from replay_service.config import ReplayConfig
+from replay_service.service import ReplayService
+from retrieval.store import TrajectoryStore
+from tests.trajectories import counting, counting_spec
+
+SPEC = counting_spec("toy/a", 2)
+OTHER = counting_spec("toy/b", 3)
+CONFIG = ReplayConfig(
+    batch=4, length=4, rehearsal_share=0.25, samples_per_insert=8, min_size=20, budget=200, episode_steps=10,
+    warmup_steps=30, warmup_episodes=2, lease_timeout_s=60, parallel_episodes=3,
+)  # fmt: skip
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def online(tmp_path):
+    with TrajectoryStore.create(tmp_path / "online") as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Ten trajectories of each of two embodiments, with rewards that nobody may see."""
+    with TrajectoryStore.create(tmp_path_factory.mktemp("pool") / "store") as store:
+        for i in range(20):
+            spec = (SPEC, OTHER)[i % 2]
+            store.append(counting(200 + i, 9, spec), spec)
+        yield store
+
+
+def make(online, config=CONFIG, pool=None, rows=None, **options):
+    return ReplayService(config, online, SPEC, pool, rows, max_action_dim=5, **options)
+
+
+def collect(service, worker="w", steps=None):
+    """Collects one episode as leased, or `steps` of it."""
+    lease = service.lease(worker)
+    assert isinstance(lease, Lease), lease
+    assert service.add(worker, lease.episode, counting(lease.episode, steps or lease.max_steps, SPEC))
+    return lease
+
+
+def drain_batches(service):
+    batches = []
+    while (batch := service.sample()) is not None:
+        batches.append(batch)
+    return batches
+
+
+# The budget
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_budget_is_exact_whatever_workers_do(online, seed):
+    """Workers finish, end early, die, stall beyond the timeout, and repeat themselves; learning keeps pace."""
+    rng, clock = random.Random(seed), Clock()
+    service = make(online, clock=clock)
+    held: list[tuple[str, Lease]] = []  # what some worker believes it holds
+    accepted, numbers = {}, []
+    for _ in range(10_000):
+        if service.finished and service.target_reached:
+            break
+        worker, event = f"w{rng.randrange(4)}", rng.random()
+        if event < 0.4:
+            lease = service.lease(worker)
+            if isinstance(lease, Lease):
+                held.append((worker, lease))
+                numbers.append(lease.episode)
+        elif event < 0.7 and held:
+            who, lease = held.pop(rng.randrange(len(held)))
+            episode = counting(lease.episode, rng.choice([lease.max_steps, rng.randint(1, lease.max_steps)]), SPEC)
+            stored = service.add(who, lease.episode, episode)
+            if stored:
+                assert lease.episode not in accepted
+                accepted[lease.episode] = len(episode)
+            if rng.random() < 0.3:  # the acknowledgement was lost, or the worker made it twice
+                assert not service.add(who, lease.episode, episode)
+                assert not service.add(who, lease.episode, counting(lease.episode, 1, SPEC))
+        elif event < 0.75:
+            service.release(worker)
+            held = [(w, lease) for w, lease in held if w != worker or rng.random() < 0.5]  # half of it comes late
+        elif event < 0.8:
+            clock.now_s += rng.choice([1, 30, 100])
+        else:
+            service.sample()
+        open_steps = service.stats()["replay/leased"]
+        assert service.collected + open_steps <= CONFIG.budget
+        assert service.collected == sum(accepted.values()) == online.steps
+    assert service.collected == CONFIG.budget
+    assert service.lease("w0") is NoLease.DONE
+    assert service.stats()["replay/sampled"] == (CONFIG.budget - CONFIG.min_size) * 8 // 16 * 16
+    assert numbers == sorted(set(numbers)), "an episode number was granted twice"
+
+
+def test_budget_is_exact_with_threads(online):
+    """Eight threads at once, one of them learning."""
+    service = make(online, replace(CONFIG, parallel_episodes=7, budget=300))
+    failures = []
+
+    def work(name):
+        rng = random.Random(name)
+        try:
+            while (lease := service.lease(name)) is not NoLease.DONE:
+                if lease is NoLease.WAIT:
+                    continue
+                if rng.random() < 0.1:
+                    service.release(name)
+                    continue
+                service.add(name, lease.episode, counting(lease.episode, rng.randint(1, lease.max_steps), SPEC))
+        except Exception as error:
+            failures.append(error)
+
+    def learn():
+        try:
+            while not service.target_reached:
+                service.sample()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(7)] + [threading.Thread(target=learn)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not failures
+    assert service.collected == online.steps == 300
+
+
+def test_last_episode_is_shortened_and_what_it_leaves_is_leased_again(online):
+    service = make(online, replace(CONFIG, budget=25, min_size=25))
+    assert [collect(service).max_steps for _ in range(2)] == [10, 10]
+    last = service.lease("a")
+    assert last.max_steps == 5
+    assert service.lease("b") is NoLease.WAIT, "a's lease may come back"
+    assert service.add("a", last.episode, counting(2, 3, SPEC))
+    again = service.lease("b")
+    assert (again.max_steps, again.episode, again.agent_steps) == (2, 3, 23)
+    assert service.add("b", again.episode, counting(3, 2, SPEC))
+    assert service.lease("b") is NoLease.DONE
+    assert service.finished
+
+
+def test_timed_out_lease_goes_back_and_its_episode_is_refused(online):
+    clock = Clock()
+    service = make(online, replace(CONFIG, budget=10, min_size=10), clock=clock)
+    lost = service.lease("a")
+    assert service.lease("b") is NoLease.WAIT
+    clock.now_s = 60
+    found = service.lease("b")
+    assert found.max_steps == 10
+    assert found.episode > lost.episode
+    assert not service.add("a", lost.episode, counting(0, 10, SPEC))
+    assert service.add("b", found.episode, counting(1, 10, SPEC))
+    assert online.steps == 10
+
+
+def test_timed_out_lease_is_refused_though_nobody_asked_since(online):
+    clock = Clock()
+    service = make(online, clock=clock)
+    lease = service.lease("a")
+    clock.now_s = 59.9
+    assert service.lease("b").agent_steps == 10
+    clock.now_s = 60
+    assert not service.add("a", lease.episode, counting(0, 10, SPEC))
+    assert service.stats()["replay/leased"] == 10
+
+
+def test_release_gives_back_one_lease_or_all(online):
+    service = make(online, replace(CONFIG, budget=30, min_size=30))
+    leases = [service.lease("a"), service.lease("a"), service.lease("b")]
+    assert service.lease("c") is NoLease.WAIT
+    assert service.release("a", leases[2].episode) == 0, "that one is b's"
+    assert service.release("a", leases[0].episode) == 1
+    assert service.lease("c").max_steps == 10
+    assert service.release("a") == 1
+    assert service.release("a") == 0
+    assert not service.add("a", leases[1].episode, counting(1, 10, SPEC))
+    assert service.add("b", leases[2].episode, counting(2, 10, SPEC))
+
+
+def test_a_lease_is_its_workers_alone(online):
+    service = make(online)
+    lease = service.lease("a")
+    assert not service.add("b", lease.episode, counting(0, 10, SPEC))
+    assert not service.add("a", lease.episode + 1, counting(0, 10, SPEC))
+    episode = counting(0, 10, SPEC)
+    assert service.add("a", lease.episode, episode)
+    again = service.lease("a")
+    assert not service.add("a", again.episode, episode), "the same trajectory under another lease"
+    assert (service.collected, len(online)) == (10, 1)
+    assert service.add("a", again.episode, counting(1, 10, SPEC))
+
+
+def test_what_does_not_fit_is_refused_and_the_lease_stays(online):
+    service = make(online)
+    lease = service.lease("a")
+    with pytest.raises(FormatError, match="at most 10 steps, not 11"):
+        service.add("a", lease.episode, counting(0, 11, SPEC))
+    with pytest.raises(FormatError, match="must have a reward"):
+        service.add("a", lease.episode, counting(0, 10, SPEC, with_reward=False))
+    with pytest.raises(SpecMismatch):
+        service.add("a", lease.episode, counting(0, 10, OTHER))
+    assert (service.collected, len(online)) == (0, 0)
+    assert service.add("a", lease.episode, counting(0, 10, SPEC))
+
+
+def test_a_full_disk_changes_nothing(online, monkeypatch):
+    service = make(online)
+    lease = service.lease("a")
+
+    def full(*_):
+        raise Unavailable("No space left on device.")
+
+    with monkeypatch.context() as patch, pytest.raises(Unavailable):
+        patch.setattr(online, "append", full)
+        service.add("a", lease.episode, counting(0, 10, SPEC))
+    assert service.collected == 0
+    assert service.add("a", lease.episode, counting(0, 10, SPEC))
+    assert service.collected == 10
+
+
+ADD_FOR_EVER = """
+import sys
+from replay_service.service import ReplayService
+from tests.test_replay_service import CONFIG, SPEC, collect
+from retrieval.store import TrajectoryStore
+from dataclasses import replace
+service = ReplayService(replace(CONFIG, budget=10**6, min_size=10**6), TrajectoryStore.create(sys.argv[1]), SPEC)
+while True:
+    print(collect(service).episode, flush=True)
+"""
+
+
+def test_acknowledged_is_durable(tmp_path):
+    """The service is killed at a random moment: what it acknowledged is there, whole, and counted once."""
+    process = subprocess.Popen([sys.executable, "-c", ADD_FOR_EVER, str(tmp_path / "s")], stdout=subprocess.PIPE)
+    lines = [process.stdout.readline() for _ in range(random.Random().randint(3, 40))]
+    process.send_signal(signal.SIGKILL)
+    acknowledged = [int(line) for line in lines + process.stdout.read().splitlines()]
+    process.wait()
+    with TrajectoryStore.open(tmp_path / "s", write=True) as store:
+        service = make(store)
+        episodes, _ = service.drain_episodes()
+        assert [e["episode"] for e in episodes][: len(acknowledged)] == acknowledged
+        assert len(episodes) - len(acknowledged) in (0, 1)
+        assert service.collected == 10 * len(store)
+        for row in range(len(store)):
+            np.testing.assert_array_equal(store.read(row).reward, counting(row, 10, SPEC).reward)
+
+
+# Who waits
+
+
+def test_collection_waits_for_the_learner_with_open_leases_counted(online):
+    service = make(online, replace(CONFIG, slack=None, parallel_episodes=2, budget=1000))
+    while service.collected < 20:
+        collect(service)
+    leases = []
+    while isinstance(lease := service.lease("w"), Lease):
+        leases.append(lease)
+    assert len(leases) == 1  # slack is 88 replayed steps: 11 collected ones
+    assert service.sample() is not None
+    service.release("w")
+    drain_batches(service)
+    assert isinstance(service.lease("w"), Lease)
+    assert isinstance(service.lease("w"), Lease)
+    assert service.lease("w") is NoLease.WAIT
+
+
+def test_nothing_to_learn_from_before_min_size(online):
+    service = make(online)
+    assert service.sample() is None
+    collect(service)
+    assert service.sample() is None
+    collect(service)
+    assert service.sample() is not None
+
+
+def test_the_learner_stops_where_the_budget_is_replayed(online):
+    service = make(online)
+    batches = 0
+    while not (service.finished and service.target_reached):
+        if service.sample() is not None:
+            batches += 1
+        elif not service.finished:
+            collect(service)
+    assert batches == (200 - 20) * 8 // 16
+    assert service.sample() is None
+
+
+def test_warm_up_lasts_for_steps_and_episodes(online):
+    def warm_episodes(config):
+        service = make(online, config)
+        leases = [service.lease("w") for _ in range(8)]
+        service.release("w")
+        return [lease.warmup for lease in leases].count(True)
+
+    many = replace(CONFIG, min_size=200)
+    assert warm_episodes(replace(many, warmup_steps=30, warmup_episodes=2)) == 3
+    assert warm_episodes(replace(many, warmup_steps=30, warmup_episodes=5)) == 5
+    assert warm_episodes(replace(many, warmup_steps=0, warmup_episodes=0)) == 0
+    collect(make(online, many))
+    assert warm_episodes(replace(many, warmup_steps=30, warmup_episodes=5)) == 4
+
+
+def test_lease_says_where_the_schedule_stands(online):
+    service = make(online, replace(CONFIG, min_size=200))
+    assert [service.lease("w").agent_steps for _ in range(3)] == [0, 10, 20]
+    service.release("w", 1)
+    assert service.lease("w").agent_steps == 20
+
+
+# Batches
+
+
+def test_batch_has_exact_shares_and_rehearsal_has_no_reward(online, pool):
+    config = replace(CONFIG, batch=16, length=8, rehearsal_share=0.25, samples_per_insert=256)
+    rows = np.array([1, 4, 7, 8])
+    service = make(online, config, pool, rows)
+    for _ in range(3):
+        collect(service)
+    batches = drain_batches(service)
+    assert len(batches) > 10
+    for batch in batches:
+        assert [r.store for r in batch.refs] == ["online"] * 12 + ["pool"] * 4
+        assert {r.trajectory for r in batch.refs[12:]} <= set(rows.tolist())
+        assert not batch.reward[12:].any()
+        assert not batch.reward_mask[12:].any()
+        for b, ref in enumerate(batch.refs[:12]):
+            n = len(ref)
+            caused = [0.0] * (ref.start == 0) + [1000 * ref.trajectory + t for t in range(max(ref.start, 1), ref.stop)]
+            assert batch.reward[b, :n].tolist() == caused
+            assert batch.reward_mask[b, :n].tolist() == [t > 0 for t in range(ref.start, ref.stop)]
+
+
+@pytest.mark.parametrize("rows", [None, np.array([], np.int64)])
+def test_without_a_rehearsal_set_batches_are_online(online, pool, rows):
+    service = make(online, CONFIG, pool, rows)
+    collect(service)
+    collect(service)
+    assert [r.store for r in service.sample().refs] == ["online"] * 4
+
+
+def test_refuses_a_pool_that_shows_other_things(online, tmp_path):
+    wide = replace(SPEC, embodiment="toy/wide", action_dim=6)
+    with TrajectoryStore.create(tmp_path / "pool") as foreign:
+        foreign.append(counting(0, 5, wide), wide)
+        with pytest.raises(SpecMismatch, match="toy/wide has 6 actions; the model takes 5"):
+            make(online, CONFIG, foreign, np.array([0]))
+
+
+def test_capacity_bounds_what_is_drawn_from(online):
+    service = make(online, replace(CONFIG, capacity=30))
+    for _ in range(6):
+        collect(service)
+        newest = range(len(online) - 3, len(online))
+        for batch in drain_batches(service):
+            assert {r.trajectory for r in batch.refs} <= set(newest)
+    assert len(online) == 6
+    assert service.stats()["replay/drawn_from"] == 30
+
+
+def test_batches_differ_and_follow_the_seed(online):
+    def refs(seed):
+        service = make(online, seed=seed)
+        return [batch.refs for batch in drain_batches(service)]
+
+    service = make(online)
+    for _ in range(3):
+        collect(service)
+    assert len(set(refs(1))) == len(refs(1)) > 5
+    assert refs(1) == refs(1)
+    assert set(refs(1)).isdisjoint(refs(2))
+
+
+def test_buffers_are_reused_in_turn(online):
+    service = make(online, buffers=2)
+    for _ in range(3):
+        collect(service)
+    first = service.sample()
+    kept = first.observation["pixels"].copy()
+    second = service.sample()
+    np.testing.assert_array_equal(first.observation["pixels"], kept)
+    third = service.sample()
+    assert third.observation["pixels"] is first.observation["pixels"]
+    assert second.observation["pixels"] is not first.observation["pixels"]
+
+
+# Continuing
+
+
+def play(service, steps, seed):
+    """A step-locked run: what is granted and sampled, in order."""
+    rng, seen = random.Random(seed), []
+    for _ in range(steps):
+        if (batch := service.sample()) is not None:
+            arrays = (batch.observation["pixels"], batch.previous_action, batch.reward, batch.valid)
+            seen.append((batch.refs, [a.tobytes() for a in arrays]))
+        elif isinstance(lease := service.lease("w"), Lease):
+            service.add("w", lease.episode, counting(lease.episode, rng.randint(1, lease.max_steps), SPEC))
+            seen.append(lease)
+        else:
+            seen.append(lease)
+    return seen
+
+
+def test_continues_bit_for_bit(tmp_path, pool):
+    config = replace(CONFIG, capacity=80)
+    with TrajectoryStore.create(tmp_path / "a") as store:
+        service = make(store, config, pool, np.arange(10), seed=7)
+        play(service, 40, seed=1)
+        state = json.loads(json.dumps(service.state()))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        expected = play(service, 200, seed=2)
+        assert service.finished
+    with TrajectoryStore.open(tmp_path / "b", write=True) as store:
+        continued = make(store, config, pool, np.arange(10), seed=7)
+        continued.restore(state)
+        assert play(continued, 200, seed=2) == expected
+        assert continued.state() | {"rows": 0} == service.state() | {"rows": 0}
+
+
+def test_episodes_after_the_saved_state_are_neither_lost_nor_counted_twice(online):
+    service = make(online)
+    for _ in range(3):
+        collect(service)
+    drain_batches(service)
+    state, (rows, cursor) = service.state(), service.drain_episodes()
+    for steps in (10, 4, 7):
+        collect(service, steps=steps)
+    crashed = make(online)
+    assert crashed.collected == 51, "even without any saved state"
+    crashed.restore(state)
+    assert crashed.collected == 51
+    crashed.restore(state)
+    assert crashed.collected == 51
+    later, _ = crashed.drain_episodes(cursor)
+    assert [e["episode"] for e in rows + later] == [0, 1, 2, 3, 4, 5]
+    lease = crashed.lease("w")
+    assert (lease.episode, lease.agent_steps) == (6, 51)
+
+
+def test_open_leases_end_with_the_run(online):
+    service = make(online, replace(CONFIG, budget=20))
+    lost = service.lease("w"), service.lease("w")
+    state = service.state()
+    restored = make(online, replace(CONFIG, budget=20))
+    restored.restore(state)
+    assert not restored.add("w", lost[0].episode, counting(0, 10, SPEC))
+    assert collect(restored).episode == 2
+    assert collect(restored).max_steps == 10
+    assert restored.lease("w") is NoLease.DONE
+
+
+def test_refuses_foreign_states(online, tmp_path):
+    service = make(online, seed=1)
+    collect(service)
+    state = service.state()
+    with pytest.raises(FormatError, match="version 99"):
+        service.restore(state | {"version": 99})
+    with pytest.raises(UsageError, match="seed 1"):
+        make(online, seed=2).restore(state)
+    with TrajectoryStore.create(tmp_path / "other") as other, pytest.raises(FormatError, match="not the one"):
+        make(other, seed=1).restore(state)
+    with pytest.raises(FormatError, match="saved with 5"):
+        service.restore(state | {"rows": 5})
+
+
+def test_drained_episodes_tell_all_once(online):
+    service = make(online)
+    lease = service.lease("w")
+    episode = replace(counting(0, 7, SPEC), stats={"return": 3.5})
+    service.add("w", lease.episode, episode)
+    rows, cursor = service.drain_episodes()
+    assert rows == [{"return": 3.5, "episode": 0, "steps": 7, "agent_steps": 7, "frames": 14}]
+    assert service.drain_episodes(cursor) == ([], cursor)
+    collect(service)
+    rows, _ = service.drain_episodes(cursor)
+    assert [(r["episode"], r["frames"]) for r in rows] == [(1, 34)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slack": 10.0}, "slack must be at least"),
+        ({"min_size": 201}, "above the budget"),
+        ({"rehearsal_share": 1.5}, "within 0 and 1"),
+        ({"budget": 0}, "budget must be positive"),
+        ({"lease_timeout_s": -1.0}, "lease_timeout_s must be positive"),
+    ],
+)
+def test_refuses_settings_without_sense(change, message):
+    with pytest.raises(UsageError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_stats_are_flat_numbers(online):
+    service = make(online)
+    collect(service)
+    stats = service.stats()
+    assert all(key.startswith("replay/") and isinstance(value, float) for key, value in stats.items())
+    assert stats["replay/collected"] == 10

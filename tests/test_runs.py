@@ -1,0 +1,191 @@
+"""Whole runs with every real part: in one process, and over Ray and Redis with a worker killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from actors.environment import make
+from deploy import run as runs
+from deploy import stages
+from deploy.config import FinetuneConfig
+from gsa import config as configs
+from gsa.metrics import read_log
+from gsa.schema import Controller, Trajectory
+from learner.config import CloneConfig, PretrainConfig
+from retrieval.store import TrajectoryStore
+from tests.gym_counting import STEPS
+
+IMPORTS = ("tests.gym_counting",)
+TASK = "gym/Counting-v0"
+BUDGET = 200
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> tuple[Path, Path]:
+    """A store with trajectories of the task's embodiment and of a foreign one, and a world model trained on both."""
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(0)
+    with TrajectoryStore.create(folder / "store") as store, make(TASK, imports=IMPORTS) as env:
+        for i in range(6):
+            observations, actions = [env.reset(i)], []
+            for _ in range(STEPS):
+                actions.append(np.float32([np.clip(0.5 + 0.1 * rng.standard_normal(), -1, 1), 0]))
+                observations.append(env.step(actions[-1]).observation)
+            store.append(
+                _trajectory(env.spec.embodiment, observations, np.stack(actions), f"counting-{i % 2}"), env.spec
+            )
+        foreign = type(env.spec)("test/other", env.spec.observation, action_dim=5)
+        for _ in range(3):
+            other = _trajectory("test/other", observations, rng.uniform(-1, 1, (STEPS, 5)).astype(np.float32), "other")
+            store.append(other, foreign)
+    settings = PretrainConfig(model="tiny", updates=3, batch=4, length=8)
+    stages.pretrain(folder / "store", settings, folder / "model")
+    return folder / "store", folder / "model"
+
+
+def config(out: Path, pool: tuple[Path, Path] | None = None, **changes) -> FinetuneConfig:
+    store, model = pool or (None, None)
+    defaults = {
+        "task": TASK, "imports": IMPORTS, "store": store, "world_model": model, "out": out, "method": "gsa" if pool else
+        "scratch", "model": "tiny", "budget_frames": BUDGET, "warmup_frames": 40, "warmup_episodes": 1, "batch": 4,
+        "length": 8, "train_ratio": 4.0, "retrieve_k": 50, "eval_every_frames": 100, "eval_episodes": 1,
+        "final_episodes": 2, "imagination_starts": 16, "clone": CloneConfig(steps=4, batch=8, evaluate_every=2),
+    }  # fmt: skip
+    return FinetuneConfig(**{**defaults, **changes})
+
+
+def agent_weights(run: Path) -> dict[str, np.ndarray]:
+    return {f"{f.stem}/{k}": v for f in (run / "agent").glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def online(run: Path) -> list[Trajectory]:
+    with TrajectoryStore.open(run / "online") as store:
+        return [store.read(row) for row in range(len(store))]
+
+
+def check_counts(run: Path) -> None:
+    """Every frame of the budget was collected once, every episode is whole and in order."""
+    trajectories = online(run)
+    assert sum(map(len, trajectories)) == BUDGET
+    assert len({t.id for t in trajectories}) == len(trajectories)
+    for t in trajectories:
+        assert (t.observation["pixels"][:, 0, 0, 0] == np.arange(len(t) + 1)).all()
+        assert t.reward is not None
+    last = [row for row in read_log(run) if "replay/collected" in row][-1]
+    assert last["replay/collected"] == BUDGET
+    assert last["replay/target_reached"] == 1
+
+
+def test_a_local_run_is_deterministic_and_exact(pool, tmp_path):
+    one = runs.finetune(config(tmp_path / "one", pool, local=True))
+    two = runs.finetune(config(tmp_path / "two", pool, local=True))
+    check_counts(one)
+    first, second = agent_weights(one), agent_weights(two)
+    assert first.keys() == second.keys()
+    assert all((first[k] == second[k]).all() for k in first)
+    for a, b in zip(online(one), online(two), strict=True):
+        assert (a.action == b.action).all()
+        assert (a.policy_version == b.policy_version).all()
+    losses = [[row.get("learner/world_model_loss") for row in read_log(run)] for run in (one, two)]
+    assert losses[0] == losses[1]
+    other = runs.finetune(config(tmp_path / "three", pool, local=True, seed=1))
+    assert any((first[k] != v).any() for k, v in agent_weights(other).items())
+
+
+def test_a_run_leaves_everything_its_report_needs(pool, tmp_path):
+    run = runs.finetune(config(tmp_path / "run", pool, local=True))
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "rehearsal.json", "contact_sheet.png", "video.mp4", "report.html", "agent", "prior"} <= names
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert set(evaluation["policies"]) == {"random", "prior", "finetuned"}
+    rehearsed = json.loads((run / "rehearsal.json").read_text())
+    assert sorted(rehearsed["rows"]) == list(range(6))  # the foreign embodiment is never rehearsed
+    guided = [t for t in online(run) if (t.controller == Controller.PRIOR).any()]
+    assert guided
+    import gsa
+
+    policy = gsa.load_policy(run / "agent")
+    policy.reset()
+    assert policy.act(np.zeros((64, 64, 3), np.uint8)).shape == (2,)
+
+
+@pytest.mark.parametrize("method", ["scratch", "naive", "rehearsal", "random-rehearsal", "jsrl"])
+def test_every_method_runs(method, pool, tmp_path):
+    run = runs.finetune(config(tmp_path / method, pool, method=method, local=True, final_episodes=1))
+    check_counts(run)
+    controllers = np.concatenate([t.controller for t in online(run)])
+    assert (controllers == Controller.PRIOR).any() == (method == "jsrl")
+    assert (run / "rehearsal.json").exists() == (method not in ("scratch", "naive"))
+
+
+@pytest.mark.timeout(240)
+def test_a_distributed_run_survives_the_death_of_its_workers_with_every_step(pool, tmp_path):
+    """Real Ray, Redis and processes; both workers are killed by SIGKILL, so that only their successors can finish."""
+    out = tmp_path / "run"
+    settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive")
+    configs.save(settings, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            killed = _kill_workers_once_they_collect(process, out)
+            code = process.wait(200)
+        finally:
+            process.kill()
+    text = (tmp_path / "log").read_text()
+    assert code == 0, text[-3000:]
+    assert killed == 2
+    check_counts(out)
+    assert max(row.get("driver/worker_restarts", 0) for row in read_log(out)) >= 1
+    versions = np.concatenate([t.policy_version for t in online(out)])
+    assert versions.max() > 0  # weights reached the workers, and Redis is the only way
+
+
+def _kill_workers_once_they_collect(process: subprocess.Popen, out: Path) -> int:
+    """Kills every worker when the first episode is in; returns how many those were."""
+    end = time.monotonic() + 150
+    while time.monotonic() < end and process.poll() is None:
+        if any(row.get("replay/collected", 0) >= STEPS for row in _log(out)):
+            workers = _children(process.pid, "GSAEnvRunner")
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+            return len(workers)
+        time.sleep(0.05)
+    return 0
+
+
+def _log(out: Path) -> list[dict]:
+    return read_log(out) if (out / "metrics.jsonl").exists() else []
+
+
+def _children(pid: int, name: str) -> list[int]:
+    """Processes below `pid` whose title has `name`."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int(folder.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+                titles[int(folder.name)] = folder.joinpath("cmdline").read_text()
+            except (OSError, IndexError):
+                continue
+    below, grew = {pid}, True
+    while grew:
+        more = {child for child, parent in parents.items() if parent in below} - below
+        below, grew = below | more, bool(more)
+    return [p for p in sorted(below) if name in titles.get(p, "")]
+
+
+def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
+    pixels = np.stack([o["pixels"] for o in observations])
+    return Trajectory(embodiment, {"pixels": pixels}, actions, np.ones(len(actions), np.float32), source=source)

@@ -1,0 +1,145 @@
+from collections import deque
+
+import numpy as np
+import pytest
+
+from actors.guidance import GuidanceConfig
+from actors.rollout import Rollout
+from actors.worker import EnvWorker
+from gsa.errors import GsaError
+from gsa.schema import Controller, Lease, NoLease, WeightSnapshot
+from tests.counting import STEPS, counting
+
+
+class EncodesStep:
+    """Acts by its own count of steps since the episode began, so that a mix-up of slots shows."""
+
+    def __init__(self, envs):
+        self.steps = np.zeros(envs, int)
+        self.loaded = []
+
+    def begin(self, slot):
+        self.steps[slot] = 0
+
+    def act(self, observation, controller, rngs, sample=True):
+        seen = observation["pixels"][:, 0, 0, 0]
+        assert (seen[seen > 0] == self.steps[seen > 0]).all()
+        self.steps += 1
+        return np.repeat(((self.steps - 1) / 100)[:, None], 2, axis=1).astype(np.float32)
+
+    def load_tensors(self, tensors):
+        self.loaded.append(tensors)
+
+
+class Replay:
+    def __init__(self, leases):
+        self.leases, self.added, self.released = deque(leases), [], []
+
+    def lease(self, worker):
+        return self.leases.popleft() if self.leases else NoLease.DONE
+
+    def add(self, worker, episode, trajectory):
+        self.added.append((episode, trajectory))
+
+    def release(self, worker, episode):
+        self.released.append(episode)
+
+
+class Weights:
+    def __init__(self, *versions):
+        self.versions = deque(versions)
+
+    def poll(self):
+        return WeightSnapshot(self.versions.popleft(), {}) if self.versions else None
+
+
+def worker(leases, environments, weights=(0,), guidance="constant(0)", has_prior=False):
+    replay = Replay(leases)
+    policy = EncodesStep(len(environments))
+    rollout = Rollout(environments, policy, GuidanceConfig(guidance), has_prior, seed=3, run="test")
+    return EnvWorker("w", rollout, replay, Weights(*weights), None, counting), replay
+
+
+def leases(n, steps=STEPS, warmup=False):
+    return [Lease(i, steps, i * steps, warmup) for i in range(n)]
+
+
+def test_time_is_kept_from_simulator_to_trajectory_in_every_slot():
+    w, replay = worker(leases(5), [counting() for _ in range(3)])
+    while w.tick():
+        pass
+    assert sorted(e for e, _ in replay.added) == [0, 1, 2, 3, 4]
+    for episode, t in replay.added:
+        assert len(t) == STEPS
+        assert (t.observation["pixels"][:, 0, 0, 0] == np.arange(STEPS + 1)).all()
+        assert np.allclose(t.action[:, 0], np.arange(STEPS) / 100)
+        # the image after an action shows that action
+        assert (t.observation["pixels"][1:, 0, 0, 2] == np.arange(STEPS) + 128).all()
+        assert (t.reward == 1.0).all()
+        assert t.stats["return"] == STEPS
+        assert t.id == f"test-{episode:08d}"
+
+
+def test_an_episode_depends_on_its_number_not_on_the_slot_or_worker():
+    alone, one = worker(leases(4), [counting()])
+    together, four = worker(leases(4), [counting() for _ in range(4)])
+    for w in (alone, together):
+        while w.tick():
+            pass
+    first, second = dict(one.added), dict(four.added)
+    for episode in range(4):
+        assert (first[episode].observation["pixels"] == second[episode].observation["pixels"]).all()
+
+
+def test_controller_and_policy_version_are_recorded_for_every_step():
+    w, replay = worker(leases(1), [counting()], weights=(7, 8, 9), guidance="constant(1)", has_prior=True)
+    while w.tick():
+        pass
+    trajectory = replay.added[0][1]
+    assert trajectory.policy_version.tolist() == [7, 8] + [9] * (STEPS - 2)
+    guided = trajectory.controller == Controller.PRIOR
+    assert guided.any()
+    assert trajectory.stats["guided_share"] == pytest.approx(guided.mean())
+
+
+def test_a_shortened_lease_ends_the_episode_at_its_last_step():
+    w, replay = worker(leases(1, steps=5), [counting()])
+    while w.tick():
+        pass
+    assert len(replay.added[0][1]) == 5
+    assert (replay.added[0][1].discount == 1).all()  # the budget ended, not the task
+
+
+def test_no_step_before_the_first_weights():
+    w, replay = worker(leases(1), [counting()], weights=())
+    assert not w.tick()
+    assert len(replay.leases) == 1
+
+
+def test_no_step_before_the_prior_it_needs():
+    w, _ = worker(leases(1), [counting()], guidance="constant(1)", has_prior=True)
+    w._awaited_prior = Weights()
+    assert not w.tick()
+    w._awaited_prior.versions.append(0)
+    w.rollout.policy.load_prior = w.rollout.policy.load_tensors
+    assert w.tick()
+
+
+def test_a_broken_environment_loses_its_episode_only():
+    broken = counting(fail_at=9)
+    w, replay = worker(leases(3), [broken, counting()])
+    while w.tick():
+        pass
+    assert replay.released == [0]
+    assert sorted(e for e, _ in replay.added) == [1, 2]
+    assert w.rollout.environments[0] is not broken
+    assert w.stats()["worker/faults"] == 1
+
+
+def test_ten_faults_of_one_cause_end_the_worker_with_that_cause():
+    w, replay = worker(leases(20), [counting(fail_at=1)])
+    w.remake = lambda: counting(fail_at=1)
+    with pytest.raises(GsaError, match="the simulator broke"):
+        while w.tick():
+            pass
+    assert replay.released == list(range(10))
