@@ -85,7 +85,7 @@ class GSA(Algorithm):
         self.frames, self.done = 0, False
         self.latest: dict[str, float] = {}
         self._evaluation: Any = None
-        self._evaluated = self._episodes = 0
+        self._evaluated = self._episodes = self._restarts = 0
         self._repeat = parts.task(finetune).action_repeat
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
 
@@ -125,8 +125,7 @@ class GSA(Algorithm):
     def restore_env_runners(self, group: EnvRunnerGroup) -> list[int]:
         """RLlib's hook before each step. A worker gives back its old leases itself; weights come from Redis."""
         back = group.probe_unhealthy_env_runners()
-        if back:
-            self.latest["driver/worker_restarts"] = self.latest.get("driver/worker_restarts", 0) + len(back)
+        self._restarts += len(back)
         return back
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, str]:
@@ -152,7 +151,8 @@ class GSA(Algorithm):
                 ray.kill(group._worker_manager.actors()[worker], no_restart=False)
                 self._heard[worker] = time.monotonic()
         summed = {k: sum(v) if k.endswith("_per_s") else sum(v) / len(v) for k, v in values.items()}
-        return {**summed, "driver/workers": float(group.num_healthy_remote_env_runners())}
+        alive = float(group.num_healthy_remote_env_runners())
+        return {**summed, "driver/workers": alive, "driver/worker_restarts": float(self._restarts)}
 
     def _evaluate(self, final: bool) -> dict[str, float]:
         """Starts an evaluation when one is due; returns the one that has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from deploy.progress import console
 from gsa.errors import UsageError
 from learner.config import CloneConfig, ComputeConfig, LearnerConfig, PretrainConfig
 
-TASK = "metaworld/reach-v3"
+TASK = "metaworld/drawer-close-v3"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
     """The full demo takes under 15 minutes on 2 cores, the quick one under 3."""
     n = 2 if quick else 12
     sources = (
-        ("metaworld/reach-v3/scripted-0.5", n), ("metaworld/reach-v3/scripted-2", n),
-        ("metaworld/drawer-close-v3/scripted-1", n), ("metaworld/button-press-topdown-v3/scripted-1", n),
-        ("metaworld/window-close-v3/scripted-1", n), ("dmc/cartpole-balance/noise-1", n // 2),
+        ("metaworld/drawer-close-v3/scripted-1.5", n), ("metaworld/drawer-close-v3/noise-1", n),
+        ("metaworld/window-close-v3/scripted-1", n), ("metaworld/button-press-topdown-v3/scripted-2", n),
+        ("metaworld/reach-v3/scripted-0.5", n), ("dmc/cartpole-balance/noise-1", n // 2),
         ("dmc/walker-walk/noise-1", n // 2), ("dmc/walker-walk/planner-0.5", max(1, n // 6)),
     )  # fmt: skip
     finetune = FinetuneConfig(
@@ -50,16 +51,16 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
         warmup_episodes=2,
         batch=16,
         length=16 if quick else 32,
-        train_ratio=16.0 if quick else 32.0,
+        train_ratio=16.0 if quick else 64.0,
         retrieve_k=20 if quick else 60,
         eval_every_frames=600 if quick else 2_000,
         eval_episodes=1 if quick else 5,
         final_episodes=2 if quick else 20,
         guidance=GuidanceConfig(schedule="linear(1,0.1,4000)"),
         clone=CloneConfig(steps=60 if quick else 1_000, batch=64, evaluate_every=30 if quick else 100, seed=seed),
-        learner=LearnerConfig(compute=ComputeConfig(threads=1)),
+        learner=LearnerConfig(compute=ComputeConfig(threads=os.cpu_count() or 1)),
     )
-    return Plan(sources, 20 if quick else 600, 60 if quick else 1_000, finetune)
+    return Plan(sources, 20 if quick else 500, 60 if quick else 1_000, finetune)
 
 
 def demo(out: Path, quick: bool, seed: int) -> int:

@@ -30,7 +30,7 @@ class ComputeConfig:
     """Where and how precisely to compute."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
-    precision: Precision = "auto"  # of matrix products; auto: bfloat16 on a GPU, float32 on the CPU
+    precision: Precision = "auto"  # of matrix products; auto: bfloat16 where the hardware has units for it
     threads: int = 0  # CPU threads; 0 leaves them as they are
 
     def __post_init__(self) -> None:

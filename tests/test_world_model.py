@@ -185,7 +185,7 @@ def test_bfloat16_stays_close_to_float32():
         loss, states, _ = model.loss(batch, generator())
         loss.backward()
         losses.append(loss.item())
-        assert loss.dtype == states.deter.dtype == states.stoch.dtype == torch.float32
+        assert loss.dtype == states.deter.dtype == torch.float32
         gradients.append(torch.cat([p.grad.flatten() for p in model.decoder.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert torch.cosine_similarity(*gradients, 0) > 0.99

@@ -18,7 +18,7 @@ def log_probs(logits: Tensor, unimix: float) -> Tensor:
 def sample(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     """One class a variable, by the inverse of the distribution function; gradients pass straight through.
 
-    logits [..., S, K]; uniform [..., S] in [0, 1) → one-hot [..., S, K], of uniform's dtype.
+    logits [..., S, K]; uniform [..., S] in [0, 1) → one-hot [..., S, K] of the logits' dtype.
     """
     return _StraightThrough.apply(logits, uniform, unimix)
 
@@ -33,13 +33,13 @@ class _StraightThrough(torch.autograd.Function):
         below = (mixed.cumsum(-1)[..., :-1] <= uniform[..., None]).sum(-1, keepdim=True)
         ctx.save_for_backward(probs)
         ctx.unimix, ctx.dtype = unimix, logits.dtype
-        return torch.zeros_like(probs).scatter_(-1, below, 1.0)
+        return torch.zeros_like(logits).scatter_(-1, below, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (probs,) = ctx.saved_tensors
-        inner = torch._softmax_backward_data(grad, probs, -1, probs.dtype)
+        inner = torch._softmax_backward_data(grad.to(probs.dtype), probs, -1, probs.dtype)
         return ((1 - ctx.unimix) * inner).to(ctx.dtype), None, None
 
 

@@ -12,10 +12,17 @@ from gsa.agent.sizes import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products inside where `precision` asks for it; "auto": on accelerators."""
-    if precision == "bfloat16" or (precision == "auto" and device.type != "cpu"):
+    """bfloat16 matrix products inside where `precision` asks for it; "auto": where the hardware multiplies it faster."""
+    if precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has matrix units for bfloat16: GPUs since 2020, CPUs with AMX."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

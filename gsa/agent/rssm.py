@@ -77,16 +77,19 @@ class Transition:
 
     def step(self, state: State, action: Tensor) -> Tensor:
         """As a call, from the action's projection [N, hidden]."""
-        inputs = torch.cat([self._deter(state.deter), self._stoch(state.stoch), action], -1)
-        x = F.silu(self._cell.norm(self._own(state.deter) + self._shared(inputs)))
-        reset, candidate, update = self._split(self._gate(x))
-        candidate = torch.tanh(torch.sigmoid(reset) * candidate).to(state.deter.dtype)
-        return torch.lerp(state.deter, candidate, torch.sigmoid(update - 1).to(state.deter.dtype))
-
-    def _split(self, gates: Tensor) -> tuple[Tensor, ...]:
+        deter = state.deter.to(action.dtype)
+        inputs = torch.cat([self._deter(deter), self._stoch(state.stoch), action], -1)
+        x = F.silu(self._cell.norm(self._own(deter) + self._shared(inputs)))
         if self._cell.gates == "flat":
-            return gates.chunk(3, -1)
-        return tuple(g.flatten(1) for g in gates.view(len(gates), self._cell.blocks, 3, -1).unbind(2))
+            return _gated(state.deter, *self._gate(x).chunk(3, -1))
+        by_block = state.deter.unflatten(-1, (self._cell.blocks, -1)).transpose(0, 1)  # [G, N, D/G]
+        return _gated(by_block, *self._gate.by_block(x).chunk(3, -1)).transpose(0, 1).flatten(1)
+
+
+def _gated(state: Tensor, reset: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
+    """h' = u·tanh(r·c) + (1−u)·h, in the state's dtype."""
+    candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+    return torch.lerp(state, candidate.to(state.dtype), torch.sigmoid(update - 1).to(state.dtype))
 
 
 class Head(nn.Module):

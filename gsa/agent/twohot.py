@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gsa.agent.precision import full
 
@@ -20,9 +21,26 @@ def symexp(x: Tensor) -> Tensor:
 
 def decode(logits: Tensor) -> Tensor:
     """Logits [..., 255] → the number they stand for, float32 [...]."""
-    probs = torch.softmax(full(logits), -1)
-    bins = torch.linspace(-LIMIT, LIMIT, BINS, device=probs.device, dtype=probs.dtype)
-    return symexp((probs * bins).sum(-1))  # not a matrix product, which autocast would run in bfloat16
+    return symexp(_Mean.apply(full(logits)))
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of the bins under softmax. Keeps one array of the logits' size, where plain operations keep three."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        probs = torch.softmax(logits, -1)
+        bins = torch.linspace(-LIMIT, LIMIT, BINS, device=probs.device, dtype=probs.dtype)
+        with torch.autocast(probs.device.type, enabled=False):
+            mean = probs @ bins
+        ctx.save_for_backward(probs, bins, mean)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        probs, bins, mean = ctx.saved_tensors
+        return torch.addcmul((-mean * grad)[..., None], grad[..., None], bins).mul_(probs)
 
 
 def loss(logits: Tensor, target: Tensor) -> Tensor:

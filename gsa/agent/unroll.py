@@ -37,8 +37,12 @@ class Unrolled:
         """[N, I] → [N, O]; in blocks [N, G·I] → [N, G·O]."""
         if self._weight.ndim == 2:
             return _Product.apply(self._steps, x, self._weight, self._bias)
-        x = x.reshape(len(x), len(self._weight), -1).transpose(0, 1)
-        return _Product.apply(self._steps, x, self._weight, self._bias).transpose(0, 1).flatten(1)
+        return self.by_block(x).transpose(0, 1).flatten(1)
+
+    def by_block(self, x: Tensor) -> Tensor:
+        """[N, G·I] → [G, N, O]: as it comes out of the product."""
+        x = x.unflatten(-1, (len(self._weight), -1)).transpose(0, 1)
+        return _Product.apply(self._steps, x, self._weight, self._bias)
 
 
 def unroll(layers: Iterable[nn.Module]) -> Map:

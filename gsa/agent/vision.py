@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         self.first = nn.ConvTranspose2d(features, 4 * depth, 5, stride=2)
         layers: list[nn.Module] = [ChannelNorm(4 * depth), nn.SiLU()]
         for inputs, kernel in ((4 * depth, 5), (2 * depth, 6)):
-            layers += [nn.ConvTranspose2d(inputs, inputs // 2, kernel, stride=2), ChannelNorm(inputs // 2), nn.SiLU()]
+            layers += [Deconvolution(inputs, inputs // 2, kernel, stride=2), ChannelNorm(inputs // 2), nn.SiLU()]
         self.net = nn.Sequential(*layers)
         self.last = nn.ConvTranspose2d(depth, 3, 6, stride=2)
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         x = (self.deter(deter) + self.stoch(stoch)).flatten(0, -2)
         x = self.net(self._first(x))
         by_patch = self.last.weight.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        image = F.conv_transpose2d(_channels_last(x), _channels_last(by_patch), (_bias(self.last) - OFFSET).repeat(4))
+        image = deconvolve(x, by_patch, (_bias(self.last) - OFFSET).repeat(4), stride=1)
         return image.permute(0, 2, 3, 1)
 
     def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
@@ -93,6 +93,42 @@ class Decoder(nn.Module):
         rows = self.first.weight.permute(2, 3, 1, 0)  # [5, 5, 4·depth, 32·depth]
         y = F.linear(x, rows.flatten(0, 2), _bias(self.first).repeat(25))
         return y.view(-1, *rows.shape[:3]).permute(0, 3, 1, 2)
+
+
+class Deconvolution(nn.ConvTranspose2d):
+    """A transposed convolution without padding, by `deconvolve`."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return deconvolve(x, self.weight, _bias(self), self.stride[0])
+
+
+def deconvolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """[N, I, H, W] by weight [I, O, K, K] and bias [O] → [N, O, (H-1)·stride+K, …], channels-last in memory."""
+    dtype = compute_dtype(weight)
+    return _Deconvolve.apply(_channels_last(x.to(dtype)), _channels_last(weight.to(dtype)), bias.to(dtype), stride)
+
+
+class _Deconvolve(torch.autograd.Function):
+    """conv_transpose2d, but for the bias's gradient, on which a CPU spends more than on all the rest."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = [stride, stride]
+        return F.conv_transpose2d(x, weight, bias, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad = _channels_last(grad)
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, ctx.stride, [0, 0], [1, 1], True, [0, 0], 1, needed
+        )
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 1).flatten(1)  # long rows first: adding up short ones is slow
+        sums = rows.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).view(grad.shape[3], -1).sum(0)
+        return x_grad, weight_grad, sums.to(grad.dtype), None
 
 
 def squared_error(predicted: Tensor, patches: Tensor) -> Tensor:
