@@ -36,7 +36,7 @@ demo: setup
 	$(BIN)/gsa demo
 
 test: setup
-	OMP_NUM_THREADS=1 MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1000 MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff check .

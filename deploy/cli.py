@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from tyro.conf import Positional, subcommand
 from deploy.config import FinetuneConfig
 from gsa import __version__
 from gsa import config as configs
-from gsa.errors import GsaError, UsageError
+from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, UsageError
 from learner.config import PretrainConfig
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+WRONG = (UsageError, FormatError, SpecMismatch, StaleError)  # what was given cannot be used
 ABOUT = "Pre-train a world model on unlabelled trajectories, then specialise it to a task. --debug shows tracebacks."
 
 
@@ -78,7 +80,7 @@ class Ingest:
     source: Positional[Path]
     store: Path
     """The store; created if it is not there."""
-    format: Literal["auto", "npz"] = "auto"
+    format: Literal["auto", "npz", "store"] = "auto"
     codec: Literal["none", "lz4", "zstd"] = "none"
     """Compression of a new store: none is the fastest to train from."""
 
@@ -254,6 +256,7 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 it failed or found faults, 2 wrong use, 130 interrupted."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see docs/decisions/spinning-threads.md
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
@@ -266,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"gsa: {error}", file=sys.stderr)
-        return WRONG_USE
+        return WRONG_USE if isinstance(error, WRONG) else FAILED
     except KeyboardInterrupt:
         print("gsa: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -15,9 +15,10 @@ from deploy import stages
 from deploy.config import FinetuneConfig
 from deploy.progress import console
 from gsa.errors import UsageError
-from learner.config import CloneConfig, ComputeConfig, LearnerConfig, PretrainConfig
+from learner.config import CloneConfig, ComputeConfig, LearnerConfig, OptimiserConfig, PretrainConfig
 
 TASK = "metaworld/drawer-close-v3"
+FAST = 4e-4  # learning rate for hundreds of updates of a tiny model; the paper's 1e-4 is for hundreds of thousands
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Plan:
     """How much of everything."""
 
     sources: tuple[tuple[str, int], ...]
-    pretrain_updates: int
-    clone_steps: int
+    pretrain: PretrainConfig
     finetune: FinetuneConfig
 
 
@@ -39,6 +39,7 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
         ("metaworld/reach-v3/scripted-0.5", n), ("dmc/cartpole-balance/noise-1", n // 2),
         ("dmc/walker-walk/noise-1", n // 2), ("dmc/walker-walk/planner-0.5", max(1, n // 6)),
     )  # fmt: skip
+    optimiser = OptimiserConfig(learning_rate=FAST)
     finetune = FinetuneConfig(
         task=TASK,
         store=out / "pool",
@@ -57,10 +58,19 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
         eval_episodes=1 if quick else 5,
         final_episodes=2 if quick else 20,
         guidance=GuidanceConfig(schedule="linear(1,0.1,4000)"),
-        clone=CloneConfig(steps=60 if quick else 1_000, batch=64, evaluate_every=30 if quick else 100, seed=seed),
-        learner=LearnerConfig(compute=ComputeConfig(threads=os.cpu_count() or 1)),
-    )
-    return Plan(sources, 20 if quick else 500, 60 if quick else 1_000, finetune)
+        clone=CloneConfig(
+            steps=60 if quick else 600, batch=64, evaluate_every=30 if quick else 100, seed=seed, learning_rate=FAST
+        ),
+        learner=LearnerConfig(
+            world_model=optimiser, reward=optimiser, actor=optimiser, critic=optimiser,
+            compute=ComputeConfig(threads=os.cpu_count() or 1),
+        ),
+    )  # fmt: skip
+    pretrain = PretrainConfig(
+        model="tiny", updates=20 if quick else 350, batch=finetune.batch, length=finetune.length, seed=seed,
+        optimiser=optimiser,
+    )  # fmt: skip
+    return Plan(sources, pretrain, finetune)
 
 
 def demo(out: Path, quick: bool, seed: int) -> int:
@@ -79,15 +89,11 @@ def demo(out: Path, quick: bool, seed: int) -> int:
     with runs.stage(out, "ingest"):
         stages.ingest(out / "episodes", out / "pool", "auto", "none")
     stages.store_info(out / "pool")
-    config = settings.finetune
-    pretrain = PretrainConfig(
-        model="tiny", updates=settings.pretrain_updates, batch=config.batch, length=config.length, seed=seed
-    )
     with runs.stage(out, "pre-train"):
-        stages.pretrain(out / "pool", pretrain, out / "world_model")
+        stages.pretrain(out / "pool", settings.pretrain, out / "world_model")
     with runs.stage(out, "index"):
         stages.index(out / "pool", out / "world_model")
-    runs.finetune(replace(config))
+    runs.finetune(settings.finetune)
     _print_times(out, time.perf_counter() - started)
     return 0
 

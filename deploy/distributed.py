@@ -63,7 +63,8 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
 
     if ray.is_initialized():
         raise UsageError("Ray is already initialised in this process; gsa starts or joins a cluster itself.")
-    variables = {k: os.environ[k] for k in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if k in os.environ}
+    handed_on = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS", "GOMP_SPINCOUNT")
+    variables = {k: os.environ[k] for k in handed_on if k in os.environ}
     runtime = {"env_vars": {**variables, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}}
     try:
         if config.ray_address is None:

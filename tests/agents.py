@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from gsa.agent.sizes import BehaviourConfig, WorldModelConfig
 from gsa.schema import Batch
 
-MODEL = WorldModelConfig(deter=16, hidden=8, stoch=3, classes=5, depth=2, blocks=4, max_action_dim=4)
+MODEL = WorldModelConfig(
+    deter=16, hidden=8, stoch=3, classes=5, depth=2, blocks=4, max_action_dim=4, precision="float32"
+)
 BEHAVIOUR = BehaviourConfig(units=6, actor_layers=2, critic_layers=1, reward_layers=1, horizon=4)
 
 

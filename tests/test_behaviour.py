@@ -62,20 +62,25 @@ def slow_behaviour(weights, config, start, start_weight, uniform, noise):
         states.append(slow.part("world_model").prior_step(*states[-1], padded, uniform[t]))
     reward = [slow_value(slow.part("reward.net"), s, config.reward_layers) for s in states]
     value = [slow_value(slow.part("slow_critic.net"), s, config.critic_layers) for s in states]
+    on = [torch.ones(len(start_weight)).double() for _ in states]
+    if config.learn_end:
+        on = [1 - slow.part("reward.end").state_mlp(*s, config.reward_layers)[:, 0].sigmoid() for s in states]
     returns = []
     for t in range(horizon):  # the λ-return as the mixture of n-step returns that defines it
         total = 0
         for n in range(1, horizon - t + 1):
-            n_step = sum(gamma**i * reward[t + i] for i in range(n)) + gamma**n * value[t + n]
-            share = lam ** (n - 1) * (1 - lam) if n < horizon - t else lam ** (n - 1)
+            reached = [gamma**i * math.prod(on[t : t + i]) for i in range(n + 1)]
+            n_step = sum(reached[i] * reward[t + i] for i in range(n)) + reached[n] * value[t + n]
+            share = lam ** (n - 1) * (1 - lam if n < horizon - t else 1)
             total = total + share * n_step
         returns.append(total)
-    steps = range(horizon - 1)
-    objective = [start_weight * gamma**t * (returns[t + 1] + config.entropy * entropy[t]) for t in steps]
+    weight = [start_weight * gamma**t * math.prod(on[:t]) for t in range(horizon)]
+    weight = [w.detach() for w in weight]
+    objective = [weight[t] * (returns[t + 1] + config.entropy * entropy[t]) for t in range(horizon - 1)]
     critic = []
     for t in range(horizon):
         logits = slow.part("critic.net").state_mlp(*(x.detach() for x in states[t]), config.critic_layers)
-        critic.append(start_weight * gamma**t * slow_two_hot_loss(logits, returns[t].detach()))
+        critic.append(weight[t] * slow_two_hot_loss(logits, returns[t].detach()))
     return -torch.stack(objective).mean(), torch.stack(critic).mean()
 
 
@@ -89,8 +94,9 @@ def slow_two_hot_loss(logits, targets):
     return torch.stack(losses)
 
 
-def test_actor_and_critic_losses_and_gradients_equal_the_oracle():
-    agent, start = agent64(entropy=0.03), start64()
+@pytest.mark.parametrize("learn_end", [False, True])
+def test_actor_and_critic_losses_and_gradients_equal_the_oracle(learn_end):
+    agent, start = agent64(entropy=0.03, learn_end=learn_end), start64()
     start_weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5], dtype=torch.float64)
     loss, imagination, _ = agent.actor_loss(start, start_weight, generator(4))
     loss.backward()
@@ -119,15 +125,18 @@ def test_the_entropy_bonus_is_the_actors_alone():
 
 def test_lambda_returns_at_the_ends_of_lambda():
     reward, value = (torch.randn(5, 3, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    discount = torch.full_like(reward, 0.9)
     one_step = reward[:-1] + 0.9 * value[1:]
-    torch.testing.assert_close(lambda_returns(reward, value, 0.9, 0.0), one_step)
+    torch.testing.assert_close(lambda_returns(reward, value, discount, 0.0), one_step)
     whole = sum(0.9**t * reward[t] for t in range(4)) + 0.9**4 * value[-1]
-    torch.testing.assert_close(lambda_returns(reward, value, 0.9, 1.0)[0], whole)
-    assert lambda_returns(reward, value, 0.9, 0.95).shape == (4, 3)
+    torch.testing.assert_close(lambda_returns(reward, value, discount, 1.0)[0], whole)
+    discount[2] = 0  # the task ends in the third state: its reward still counts, nothing after it does
+    ended = reward[0] + 0.9 * reward[1] + 0.81 * reward[2]
+    torch.testing.assert_close(lambda_returns(reward, value, discount, 1.0)[0], ended)
 
 
 def test_the_first_state_has_the_start_weight_and_each_next_one_the_discount_more():
-    weights = step_weights(torch.tensor([1.0, 0.0]), 3, 0.5)
+    weights = step_weights(torch.tensor([1.0, 0.0]), torch.full((4, 2), 0.5))
     assert weights.tolist() == [[1, 0], [0.5, 0], [0.25, 0]]
 
 
@@ -192,6 +201,21 @@ def test_the_reward_head_reads_only_what_the_mask_allows_and_leaves_the_world_mo
     assert metrics["error"] == pytest.approx(batch.reward[rows].abs().mean().item(), rel=1e-4)
     nothing = dataclasses.replace(batch, reward_mask=torch.zeros_like(rows))
     assert agent.reward_loss(state, nothing)[0] == 0
+
+
+def test_the_agent_learns_where_the_task_ends_and_expects_nothing_after():
+    agent = Agent.create(WorldModel.create(MODEL, 0), dataclasses.replace(BEHAVIOUR, learn_end=True), ACTIONS)
+    batch = TensorBatch.from_batch(noise_batch(np.random.default_rng(0)))
+    batch.discount[batch.reward > 0.5] = 0
+    state, optimiser = posterior(agent, batch), torch.optim.Adam(agent.reward.parameters(), lr=0.03)
+    for _ in range(80):
+        loss, metrics = agent.reward_loss(state, batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert metrics["end_loss"] < 0.05
+    goes_on = torch.sigmoid(-agent.reward.end_logit(state))[batch.reward_mask]
+    torch.testing.assert_close(goes_on, batch.discount[batch.reward_mask], rtol=0, atol=0.2)
 
 
 def test_the_slow_critic_follows_by_its_rate():

@@ -128,39 +128,40 @@ def test_every_method_runs(method, pool, tmp_path):
     assert (run / "rehearsal.json").exists() == (method not in ("scratch", "naive"))
 
 
-@pytest.mark.timeout(240)
-def test_a_distributed_run_survives_the_death_of_its_workers_with_every_step(pool, tmp_path):
-    """Real Ray, Redis and processes; both workers are killed by SIGKILL, so that only their successors can finish."""
+@pytest.mark.timeout(280)
+def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_service_with_every_step(pool, tmp_path):
+    """Real Ray, Redis and processes. Both workers are killed by SIGKILL, so that only their successors can go on; then
+    the replay service, in the midst of leases and deliveries."""
     out = tmp_path / "run"
-    settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive")
+    settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive", budget_frames=BUDGET)
     configs.save(settings, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            killed = _kill_workers_once_they_collect(process, out)
+            workers = _kill_at(process, out, STEPS, "GSAEnvRunner")
+            services = _kill_at(process, out, 4 * STEPS, "ReplayActor")
             code = process.wait(200)
         finally:
             process.kill()
-    text = (tmp_path / "log").read_text()
-    assert code == 0, text[-3000:]
-    assert killed == 2
+    assert code == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (workers, services) == (2, 1)
     check_counts(out)
     assert max(row.get("driver/worker_restarts", 0) for row in read_log(out)) >= 1
     versions = np.concatenate([t.policy_version for t in online(out)])
     assert versions.max() > 0  # weights reached the workers, and Redis is the only way
 
 
-def _kill_workers_once_they_collect(process: subprocess.Popen, out: Path) -> int:
-    """Kills every worker when the first episode is in; returns how many those were."""
-    end = time.monotonic() + 150
+def _kill_at(process: subprocess.Popen, out: Path, steps: int, name: str) -> int:
+    """Kills every process of that name once so many steps are collected; returns how many those were."""
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
-        if any(row.get("replay/collected", 0) >= STEPS for row in _log(out)):
-            workers = _children(process.pid, "GSAEnvRunner")
-            for worker in workers:
-                os.kill(worker, signal.SIGKILL)
-            return len(workers)
+        if any(row.get("replay/collected", 0) >= steps for row in _log(out)):
+            found = _children(process.pid, name)
+            for pid in found:
+                os.kill(pid, signal.SIGKILL)
+            return len(found)
         time.sleep(0.05)
     return 0
 

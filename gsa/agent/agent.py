@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsa import config as configs
 from gsa.agent import behaviour, storage, twohot
-from gsa.agent.behaviour import Actor, ScalarHead
+from gsa.agent.behaviour import Actor, RewardHead, ScalarHead
 from gsa.agent.layers import frozen, seeded
 from gsa.agent.rssm import State
 from gsa.agent.sizes import BehaviourConfig
@@ -46,7 +47,7 @@ class Agent(nn.Module):
         self.world_model = world_model
         self.actor = Actor(model, config, action_dim)
         self.critic = ScalarHead(model, config.units, config.critic_layers)
-        self.reward = ScalarHead(model, config.units, config.reward_layers)
+        self.reward = RewardHead(model, config)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     @classmethod
@@ -62,12 +63,18 @@ class Agent(nn.Module):
 
     def reward_loss(self, state: State, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the reward head on posterior states [B, T, …], where rewards may be read. The states are detached."""
+        state = state.detach()
         with self.world_model.autocast():
-            logits = self.reward(state.detach())
+            logits, end = self.reward(state), self.reward.end_logit(state)
         loss = masked_mean(twohot.loss(logits, batch.reward), batch.reward_mask)
         with torch.no_grad():
             error = masked_mean((twohot.decode(logits) - batch.reward).abs(), batch.reward_mask)
-        return loss, {"loss": loss.detach(), "error": error}
+        metrics = {"loss": loss.detach(), "error": error}
+        if end is not None:
+            cross_entropy = binary_cross_entropy_with_logits(end, 1 - batch.discount, reduction="none")
+            end_loss = masked_mean(cross_entropy, batch.reward_mask)
+            loss, metrics["end_loss"] = loss + end_loss, end_loss.detach()
+        return loss, metrics
 
     def actor_loss(
         self, start: State, weight: Tensor, generator: torch.Generator
@@ -77,8 +84,10 @@ class Agent(nn.Module):
         with frozen(self.world_model, self.reward, self.slow_critic), self.world_model.autocast():
             imagined = behaviour.imagine(self.world_model, self.actor, start, c.horizon, generator)
             reward, value = self.reward.value(imagined.state), self.slow_critic.value(imagined.state)
-        returns = behaviour.lambda_returns(reward, value, c.discount, c.lambda_)
-        weights = behaviour.step_weights(weight, c.horizon, c.discount)
+            end = self.reward.end_logit(imagined.state)
+        discount = torch.full_like(reward, c.discount) if end is None else c.discount * torch.sigmoid(-end)
+        returns = behaviour.lambda_returns(reward, value, discount, c.lambda_)
+        weights = behaviour.step_weights(weight, discount)
         loss = behaviour.actor_loss(returns, imagined.entropy, weights, c.entropy)
         deter, stoch = imagined.state.detach()
         metrics = {

@@ -5,9 +5,11 @@ H imagined steps from N start states. Value of a state counts the reward of havi
     state     s0   s1   …  sH        s0 is inferred from data, the others imagined
     action    a0   a1   …            a_t is chosen at s_t and leads to s_t+1
     reward    r0   r1   …  rH        r_t is caused by a_t-1
-    return    R0   R1   …  RH        R_t = r_t + γ((1-λ) v(s_t+1) + λ R_t+1),  RH = v(sH)
+    return    R0   R1   …  RH        R_t = r_t + γ_t((1-λ) v(s_t+1) + λ R_t+1),  RH = v(sH)
     critic    R0 … RH-1              at the same states
     actor     R1 … RH-1              for a0 … aH-2: the first return that an action can change
+
+γ_t is the discount, times the probability that the task goes on after s_t where the agent learns when it ends.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def gaussian_entropy(std: Tensor) -> Tensor:
 
 
 class ScalarHead(nn.Module):
-    """Critic or reward head: a two-hot distribution that starts out at zero everywhere."""
+    """A two-hot distribution that starts out at zero everywhere: the critic."""
 
     def __init__(self, model: WorldModelConfig, units: int, layers: int) -> None:
         super().__init__()
@@ -70,6 +72,19 @@ class ScalarHead(nn.Module):
     def value(self, state: State) -> Tensor:
         """The number itself, float32 [...]."""
         return twohot.decode(self(state))
+
+
+class RewardHead(ScalarHead):
+    """The reward of having arrived in a state, and, if `learn_end`, whether the task goes on from there."""
+
+    def __init__(self, model: WorldModelConfig, config: BehaviourConfig) -> None:
+        super().__init__(model, config.units, config.reward_layers)
+        sizes = (model.deter, model.latent, 1, config.reward_layers, config.units, model.blocks)
+        self.end = StateMLP(*sizes) if config.learn_end else None
+
+    def end_logit(self, state: State) -> Tensor | None:
+        """[...], positive where the task has probably ended; None where it never does."""
+        return None if self.end is None else full(self.end(state.deter, state.stoch)).squeeze(-1)
 
 
 class Imagined(NamedTuple):
@@ -114,17 +129,17 @@ def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int, g
     return Imagined(stacked, torch.stack(entropies))
 
 
-def lambda_returns(reward: Tensor, value: Tensor, discount: float, lambda_: float) -> Tensor:
-    """R_0 … R_H-1 of rewards and values [H+1, N] → [H, N]. The last reward is not read: v(sH) counts it."""
+def lambda_returns(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """R_0 … R_H-1 of r, v and γ_t [H+1, N] each → [H, N]. The last r and γ are not read: v(sH) counts them."""
     returns = [value[-1]]
     for t in reversed(range(len(reward) - 1)):
-        returns.append(reward[t] + discount * ((1 - lambda_) * value[t + 1] + lambda_ * returns[-1]))
+        returns.append(reward[t] + discount[t] * ((1 - lambda_) * value[t + 1] + lambda_ * returns[-1]))
     return torch.stack(returns[:0:-1])
 
 
-def step_weights(start: Tensor, horizon: int, discount: float) -> Tensor:
-    """Cumulative discount of each imagined state: start weights [N] → [H, N], the first row as given."""
-    return discount ** torch.arange(horizon, device=start.device)[:, None] * start
+def step_weights(start: Tensor, discount: Tensor) -> Tensor:
+    """Cumulative discount of each imagined state: start weights [N] and γ_t [H+1, N] → [H, N]; row 0 as given."""
+    return torch.cat([start[None], discount[:-2].detach()]).cumprod(0)
 
 
 def actor_loss(returns: Tensor, entropy: Tensor, weights: Tensor, scale: float) -> Tensor:

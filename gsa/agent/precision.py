@@ -12,7 +12,7 @@ from gsa.agent.sizes import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 matrix products inside where `precision` asks for it; "auto": where the hardware multiplies it faster."""
+    """bfloat16 matrix products inside, where `precision` asks for it; "auto": where the hardware is fast at them."""
     if precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

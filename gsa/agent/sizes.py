@@ -64,6 +64,7 @@ class BehaviourConfig:
     entropy: float = 1e-4  # weight of the entropy bonus in the actor's objective
     slow_critic_rate: float = 0.02  # share of the critic that its slow copy takes over at every update
     imagination_starts: int = 0  # states that imagination starts from; 0 takes every state of the batch
+    learn_end: bool = False  # for tasks that end early: learn from the data's discount where they do
 
     def __post_init__(self) -> None:
         if self.horizon < 2:

@@ -95,9 +95,8 @@ class WorldModel(nn.Module):
                 f"{self.config.max_action_dim}."
             )
         uniform = self.draw(features.shape[:-1], generator)
-        return rssm.scan(
-            self.cell, self.posterior, features, previous_action, is_first, uniform, self.config.unimix
-        )  # fmt: skip
+        unimix = self.config.unimix
+        return rssm.scan(self.cell, self.posterior, features, previous_action, is_first, uniform, unimix)
 
     def imagine(self, state: State, actions: Tensor, generator: torch.Generator) -> State:
         """Open loop: from a state of [N, …] under actions [N, H, A] to states of [N, H, …]."""
