@@ -25,6 +25,7 @@ from gsa.metrics import RunLog
 
 ROUND_S = 0.5  # the driver looks around twice a second; nothing waits for it
 DEADLINE_S = 60.0
+AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
 SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib
 
 
@@ -64,7 +65,7 @@ class GSA(Algorithm):
         return GSAConfig()
 
     def setup(self, config: GSAConfig) -> None:
-        """Starts the processes. RLlib's own learner and connectors are not built: see docs/decisions/learner.md."""
+        """Starts the processes. RLlib's own learner and connectors are not built: see docs/decisions."""
         self._set_up_metrics()
         self.config = config
         finetune = config.finetune
@@ -136,7 +137,7 @@ class GSA(Algorithm):
         raise GsaError("A GSA run is not restored from an RLlib checkpoint; start it anew.")
 
     def _workers(self) -> dict[str, float]:
-        """Sums what the workers counted; asks each for more; kills the one that stays silent."""
+        """What the workers counted, together; asks each for more; kills the one that stays silent."""
         group = self.env_runner_group
         values: dict[str, list[float]] = {}
         for worker, (stats, error) in group.fetch_ready_async_reqs(tags="start"):
@@ -150,9 +151,9 @@ class GSA(Algorithm):
             if time.monotonic() - self._heard.setdefault(worker, time.monotonic()) > SILENT_S:
                 ray.kill(group._worker_manager.actors()[worker], no_restart=False)
                 self._heard[worker] = time.monotonic()
-        summed = {k: sum(v) if k.endswith("_per_s") else sum(v) / len(v) for k, v in values.items()}
+        together = {k: sum(v) / (len(v) if k.endswith(AVERAGED) else 1) for k, v in values.items()}
         alive = float(group.num_healthy_remote_env_runners())
-        return {**summed, "driver/workers": alive, "driver/worker_restarts": float(self._restarts)}
+        return {**together, "driver/workers": alive, "driver/worker_restarts": float(self._restarts)}
 
     def _evaluate(self, final: bool) -> dict[str, float]:
         """Starts an evaluation when one is due; returns the one that has ended."""

@@ -47,7 +47,7 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
         out=out / "run",
         seed=seed,
         workers=2,
-        budget_frames=1_200 if quick else 10_000,
+        budget_frames=1_200 if quick else 8_000,
         warmup_frames=600 if quick else 2_000,
         warmup_episodes=2,
         batch=16,

@@ -16,6 +16,7 @@ from deploy.config import FinetuneConfig
 from gsa.errors import SpecMismatch, Unavailable
 from gsa.metrics import Progress, bootstrap_interval
 from gsa.schema import Trajectory
+from retrieval.files import replace_file
 
 BATCH = 5  # environments stepped together
 SEED = 1_000_000  # evaluation's episodes are none of training's, and the same for every policy and method
@@ -79,8 +80,8 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
     finally:
         _close(environments)
     write_mp4(run / "video.mp4", side_by_side(films), fps=20)
-    text = json.dumps({"task": config.task, "policies": results}, indent=1)
-    parts.write_atomically(run / "evaluation.json", text.encode())
+    with replace_file(run / "evaluation.json") as file:
+        file.write(json.dumps({"task": config.task, "policies": results}, indent=1).encode())
     return results
 
 

@@ -7,7 +7,6 @@ tensorboard/, agent/ (the result), evaluation.json, video.mp4, report.html.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -190,13 +189,3 @@ def play(
 def episode_metrics(row: Mapping[str, float]) -> dict[str, float]:
     """A collected episode as a row of the run's log."""
     return {f"episode/{k}": row[k] for k in ("return", "score", "guided_share", "steps") if k in row}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, never half."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from deploy.ray_links import RayBatchLink
 from gsa.broadcast import RedisPublisher, RedisSubscriber
 from gsa.errors import GsaError
 from gsa.schema import Batch, Lease, NoLease, Trajectory, WeightSnapshot
+from retrieval.files import replace_file
 
 PRIOR = "prior"  # the group of weights that the prior actor is published in
 
@@ -49,7 +50,8 @@ class ReplayActor:
     def report(self, cursor: int) -> dict[str, Any]:
         """What the driver asks for once a round. Saves, on the way, what a restart cannot find in the store."""
         service = self._service
-        parts.write_atomically(self._state, json.dumps(service.state()).encode())
+        with replace_file(self._state) as file:
+            file.write(json.dumps(service.state()).encode())
         episodes, cursor = service.drain_episodes(cursor)
         return {
             "collected": service.collected, "target_reached": service.target_reached, "stats": service.stats(),

@@ -17,6 +17,7 @@ from deploy.progress import bar, console
 from gsa import config as configs
 from gsa.agent.sizes import WorldModelConfig, preset
 from gsa.errors import UsageError
+from retrieval.files import replace_file
 from retrieval.store import TrajectoryStore
 
 
@@ -114,7 +115,8 @@ def stage(folder: Path, name: str) -> Iterator[None]:
     path = folder / "stages.json"
     done = json.loads(path.read_text()) if path.exists() else []
     done.append({"stage": name, "seconds": round(time.perf_counter() - started, 1)})
-    parts.write_atomically(path, json.dumps(done, indent=1).encode())
+    with replace_file(path) as file:
+        file.write(json.dumps(done, indent=1).encode())
 
 
 def _require_redis(url: str | None) -> None:
