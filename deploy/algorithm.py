@@ -23,7 +23,7 @@ from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait
 from gsa.errors import GsaError
 from gsa.metrics import RunLog
 
-ROUND_S = 0.5  # the driver looks around twice a second; nothing waits for it
+ROUND_S = 1.0  # between two looks around; nothing waits for the driver
 DEADLINE_S = 60.0
 AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
 SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib

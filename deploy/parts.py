@@ -123,7 +123,7 @@ def publish_to(publisher: Publisher) -> Callable[[Mapping[str, np.ndarray], Mapp
 
 def headline(values: Mapping[str, float]) -> dict[str, float]:
     """What a progress bar shows of a run's metrics."""
-    shown = {"learner/updates": "updates", "eval/score": "score", "learner/updates_done_per_s": "updates/s"}
+    shown = {"learner/updates": "updates", "eval/score": "score"}
     return {label: values[name] for name, label in shown.items() if name in values}
 
 
