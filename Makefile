@@ -33,6 +33,7 @@ graphics:
 	fi
 
 demo: setup
+	$(BIN)/gsa doctor
 	$(BIN)/gsa demo
 
 test: setup
@@ -45,7 +46,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --quick
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -76,6 +76,8 @@ class FinetuneConfig:
     """Newest online frames that batches are drawn from; default: all."""
     imagination_starts: int | None = None
     """States imagined from in an update; 0 takes all of the batch; default: the model size's own."""
+    learn_end: bool = False
+    """Learn when the task ends, and imagine no further: for gym/… tasks that terminate early."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     clone: CloneConfig = field(default_factory=CloneConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

@@ -137,7 +137,7 @@ def _require_redis(url: str | None) -> None:
 
 def _begin(config: FinetuneConfig, run: Path, model: WorldModelConfig, size: str, action_dim: int) -> None:
     """The run folder with its resolved config (without the password in a Redis URL) and its architecture."""
-    behaviour = preset(size).behaviour
+    behaviour = replace(preset(size).behaviour, learn_end=config.learn_end)
     if config.imagination_starts is not None:
         behaviour = replace(behaviour, imagination_starts=config.imagination_starts)
     run.mkdir(parents=True, exist_ok=True)
