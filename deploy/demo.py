@@ -34,7 +34,7 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
     """The full demo takes under 15 minutes on 2 cores, the quick one under 3."""
     n = 2 if quick else 12
     sources = (
-        ("metaworld/window-close-v3/scripted-2", n), ("metaworld/window-close-v3/noise-1", n),
+        ("metaworld/window-close-v3/scripted-2", n), ("metaworld/window-close-v3/scripted-1", n),
         ("metaworld/drawer-close-v3/scripted-1.5", n), ("metaworld/button-press-topdown-v3/scripted-1", n),
         ("metaworld/reach-v3/scripted-0.5", n), ("dmc/cartpole-balance/noise-1", n // 2),
         ("dmc/walker-walk/noise-1", n // 2), ("dmc/walker-walk/planner-0.5", max(1, n // 6)),
@@ -53,7 +53,7 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
         batch=16,
         length=16 if quick else 32,
         train_ratio=16.0 if quick else 64.0,
-        retrieve_k=20 if quick else 60,
+        retrieve_k=2 * n,
         eval_every_frames=600 if quick else 2_000,
         eval_episodes=1 if quick else 5,
         final_episodes=2 if quick else 20,
