@@ -17,7 +17,7 @@ from deploy.progress import console
 from gsa.errors import UsageError
 from learner.config import CloneConfig, ComputeConfig, LearnerConfig, OptimiserConfig, PretrainConfig
 
-TASK = "metaworld/window-close-v3"
+TASK = "metaworld/drawer-close-v3"
 FAST = 4e-4  # learning rate for hundreds of updates of a tiny model; the paper's 1e-4 is for hundreds of thousands
 
 
@@ -34,8 +34,8 @@ def plan(quick: bool, out: Path, seed: int) -> Plan:
     """The full demo takes under 15 minutes on 2 cores, the quick one under 3."""
     n = 2 if quick else 12
     sources = (
-        ("metaworld/window-close-v3/scripted-2", n), ("metaworld/window-close-v3/scripted-1", n),
-        ("metaworld/drawer-close-v3/scripted-1.5", n), ("metaworld/button-press-topdown-v3/scripted-1", n),
+        ("metaworld/drawer-close-v3/scripted-2", n), ("metaworld/drawer-close-v3/scripted-1.5", n),
+        ("metaworld/window-close-v3/scripted-1", n), ("metaworld/button-press-topdown-v3/scripted-1", n),
         ("metaworld/reach-v3/scripted-0.5", n), ("dmc/cartpole-balance/noise-1", n // 2),
         ("dmc/walker-walk/noise-1", n // 2), ("dmc/walker-walk/planner-0.5", max(1, n // 6)),
     )  # fmt: skip
