@@ -96,7 +96,7 @@ class GSA(Algorithm):
         report = self._ask("replay service", self.replay.report, self._episodes)
         if report is None:
             return
-        self.frames, self.done = report["collected"] * self._repeat, report["target_reached"]
+        self.frames, self.done = report["collected"] * self._repeat, report["complete"]
         values = {**report["stats"], **self._workers(), **(self._ask("learner", self.learner.stats, fatal=True) or {})}
         for row in report["episodes"]:
             self.log.write(int(row["frames"]), parts.episode_metrics(row))

@@ -44,7 +44,7 @@ def run_local(config: FinetuneConfig, run: Path, progress: Progress) -> Path:
         progress(frames, config.budget_frames, parts.headline(values))
 
     learner.publish()
-    while not replay.target_reached:
+    while not replay.complete:
         collected = replay.collected
         worker.tick()  # one agent step in each environment
         while learner.step() is not None:  # as many updates as the rate limiter now allows

@@ -52,9 +52,10 @@ class ReplayActor:
         service = self._service
         with replace_file(self._state) as file:
             file.write(json.dumps(service.state()).encode())
+        complete = service.complete  # first: what is read after it holds all of a complete run
         episodes, cursor = service.drain_episodes(cursor)
         return {
-            "collected": service.collected, "target_reached": service.target_reached, "stats": service.stats(),
+            "complete": complete, "collected": service.collected, "stats": service.stats(),
             "episodes": episodes, "cursor": cursor,
         }  # fmt: skip
 

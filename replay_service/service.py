@@ -187,6 +187,11 @@ class ReplayService:
         due = self._limiter.samples_due(self.config.budget, self.config.sample_steps)
         return self._limiter.sampled >= due
 
+    @property
+    def complete(self) -> bool:
+        """Whether the budget is inserted and replayed. The learner alone may reach its target before."""
+        return self.finished and self.target_reached
+
     def stats(self) -> dict[str, float]:
         with self._lock:
             leases = {"open_leases": len(self._leases), "leased": self._leased}

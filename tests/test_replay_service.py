@@ -82,7 +82,7 @@ def test_budget_is_exact_whatever_workers_do(online, seed):
     held: list[tuple[str, Lease]] = []  # what some worker believes it holds
     accepted, numbers = {}, []
     for _ in range(10_000):
-        if service.finished and service.target_reached:
+        if service.complete:
             break
         worker, event = f"w{rng.randrange(4)}", rng.random()
         if event < 0.4:
@@ -304,13 +304,27 @@ def test_nothing_to_learn_from_before_min_size(online):
 def test_the_learner_stops_where_the_budget_is_replayed(online):
     service = make(online)
     batches = 0
-    while not (service.finished and service.target_reached):
+    while not service.complete:
         if service.sample() is not None:
             batches += 1
         elif not service.finished:
             collect(service)
     assert batches == (200 - 20) * 8 // 16
     assert service.sample() is None
+
+
+def test_a_run_is_not_complete_while_the_learner_is_ahead_of_collection(online):
+    service = make(online, replace(CONFIG, slack=10_000))
+    while service.collected < 20:
+        collect(service)
+    while service.sample() is not None:
+        pass
+    assert service.target_reached  # the slack let the learner take all that the budget will pay for
+    assert not service.complete
+    while not service.finished:
+        assert not service.complete
+        collect(service)
+    assert service.complete
 
 
 def test_warm_up_lasts_for_steps_and_episodes(online):
