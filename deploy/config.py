@@ -113,14 +113,20 @@ class FinetuneConfig:
     def replay(self, action_repeat: int, episode_steps: int) -> ReplayConfig:
         """The replay service's settings; frames become agent steps."""
         warmup_steps = max(1, self.warmup_frames // action_repeat)
+        min_size, budget = max(warmup_steps, self.warmup_episodes * episode_steps), self.budget_frames // action_repeat
+        if min_size >= budget:
+            raise UsageError(
+                f"The budget of {self.budget_frames} frames ends within the warm-up of {min_size * action_repeat}: "
+                "raise --budget-frames, or lower --warmup-frames and --warmup-episodes."
+            )
         return ReplayConfig(
             batch=self.batch,
             length=self.length,
             rehearsal_share=self.rehearsal_share if self.rehearses else 0.0,
             samples_per_insert=self.train_ratio,
-            min_size=max(warmup_steps, self.warmup_episodes * episode_steps),
+            min_size=min_size,
             parallel_episodes=1 if self.local else self.workers * self.envs,
-            budget=self.budget_frames // action_repeat,
+            budget=budget,
             episode_steps=episode_steps,
             warmup_steps=warmup_steps,
             warmup_episodes=self.warmup_episodes,

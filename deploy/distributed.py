@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from deploy.redis_server import EmbeddedRedis
 from gsa.errors import GsaError, UsageError
 from gsa.metrics import Progress
 
+CONNECT_S = 10.0
 STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
@@ -24,17 +26,20 @@ QUIET = {
 SILENT = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
-def run_distributed(config: FinetuneConfig, run: Path, progress: Progress) -> Path:
-    """Workers, replay service, learner and evaluator as Ray actors. Returns the agent's folder."""
+def launch(config: FinetuneConfig, services: ExitStack) -> str:
+    """Joins or starts Ray, and Redis where no URL is given; `services` ends them. Returns the URL of Redis."""
     require_own_packages()
-    with ExitStack() as stack:
-        _start_ray(config, stack)
-        redis_url = config.redis_url or _start_redis(config, stack)
-        from deploy.algorithm import GSAConfig  # imports rllib, so only after the environment is set
+    _start_ray(config, services)
+    return config.redis_url or _start_redis(config, services)
 
-        logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-        algorithm = GSAConfig().for_run(config, run, redis_url).build_algo()
-        stack.callback(algorithm.stop)
+
+def run_distributed(config: FinetuneConfig, run: Path, redis_url: str, progress: Progress) -> Path:
+    """Workers, replay service, learner and evaluator as actors of a launched Ray. Returns the agent's folder."""
+    from deploy.algorithm import GSAConfig  # imports rllib, so only after the environment is set
+
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    algorithm = GSAConfig().for_run(config, run, redis_url).build_algo()
+    try:
         moved, seen = time.monotonic(), (-1.0, -1.0)
         while not algorithm.done:
             algorithm.train()
@@ -45,6 +50,8 @@ def run_distributed(config: FinetuneConfig, run: Path, progress: Progress) -> Pa
                 raise GsaError(f"Nothing was collected or learned for {STALLED_S:.0f} s; see {run / 'metrics.jsonl'}.")
             progress(algorithm.frames, config.budget_frames, parts.headline(algorithm.latest))
         return algorithm.finish()
+    finally:
+        algorithm.stop()
 
 
 def needed_cpus(config: FinetuneConfig) -> int:
@@ -59,6 +66,7 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if config.ray_address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    _require_answer(config.ray_address)
     import ray
 
     if ray.is_initialized():
@@ -78,8 +86,8 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
             )
         else:
             ray.init(address=config.ray_address, log_to_driver=False, runtime_env=runtime, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"Cannot reach a Ray cluster at '{config.ray_address}': {error}") from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UsageError(_no_ray(config, error)) from error
     stack.callback(ray.shutdown)
     free = ray.available_resources().get("CPU", 0)
     if free < needed_cpus(config):
@@ -87,6 +95,24 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
             f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
             f"evaluator need {needed_cpus(config)}: lower --workers or add nodes."
         )
+
+
+def _require_answer(address: str | None) -> None:
+    """Raises UsageError if nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not (host and port.isdigit()) or "://" in host:
+        return  # none, "auto", or a form that Ray judges
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UsageError(f"Cannot join the Ray cluster at '{address}': {error.strerror or error}.") from None
+
+
+def _no_ray(config: FinetuneConfig, error: Exception) -> str:
+    said = " ".join(str(error).split()).rstrip(".")
+    if config.ray_address is None:
+        return f"Ray does not start on this machine: {said}."
+    return f"Cannot join the Ray cluster at '{config.ray_address}': {said}."
 
 
 def _start_redis(config: FinetuneConfig, stack: ExitStack) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +24,35 @@ from retrieval.store import TrajectoryStore
 def finetune(config: FinetuneConfig) -> Path:
     """The whole run; returns its folder."""
     config = config.resolved()
-    run = prepare(config)
-    with stage(run, "fine-tune"), bar("fine-tune") as progress:
-        if config.local:
-            from deploy.local import run_local
+    with ExitStack() as services:
+        redis_url = ""
 
-            run_local(config, run, progress)
-        else:
-            from deploy.distributed import run_distributed
+        def launch() -> None:
+            nonlocal redis_url
+            if not config.local:
+                from deploy import distributed
 
-            run_distributed(config, run, progress)
+                redis_url = distributed.launch(config, services)
+
+        run = prepare(config, launch)
+        with stage(run, "fine-tune"), bar("fine-tune") as progress:
+            if config.local:
+                from deploy.local import run_local
+
+                run_local(config, run, progress)
+            else:
+                from deploy.distributed import run_distributed
+
+                run_distributed(config, run, redis_url, progress)
     finish(config, run)
     return run
 
 
-def prepare(config: FinetuneConfig) -> Path:
-    """Checks everything, then writes the run folder up to where collecting begins: rehearsal set and prior actor."""
+def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
+    """Checks everything, then writes the run folder up to where collecting begins: rehearsal set and prior actor.
+
+    `launch` is called when all is checked and nothing written yet: what it needs may be missing too.
+    """
     from actors.rendering import choose_backend
 
     assert config.out is not None, "only resolved configs have a folder"
@@ -55,6 +68,7 @@ def prepare(config: FinetuneConfig) -> Path:
         if not config.uses_pool:
             size = preset(config.model)
             architecture = replace(size.world_model, max_action_dim=config.max_action_dim)
+            launch()
             _begin(config, run, architecture, config.model, env.spec.action_dim)
             return run
         assert config.store is not None and config.world_model is not None
@@ -64,6 +78,7 @@ def prepare(config: FinetuneConfig) -> Path:
         if config.rehearses:
             stages.require_embodiment(store, env)
         size_name = stages.size_of(model)
+        launch()
         _begin(config, run, model.config, size_name, env.spec.action_dim)
         if config.rehearses:
             kind = "random" if config.method == "random-rehearsal" else "nearest"
@@ -132,7 +147,7 @@ def _require_redis(url: str | None) -> None:
         with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
             client.ping()
     except (redis.RedisError, ValueError) as error:
-        raise UsageError(f"The Redis server of --redis-url does not answer: {error}.") from None
+        raise UsageError(f"The Redis server of --redis-url does not answer: {str(error).rstrip('.')}.") from None
 
 
 def _begin(config: FinetuneConfig, run: Path, model: WorldModelConfig, size: str, action_dim: int) -> None:

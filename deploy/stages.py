@@ -108,10 +108,11 @@ def retrieve(command: Retrieve) -> int:
     """Retrieves a task's rehearsal set and draws its contact sheet."""
     from actors.environment import make
 
-    command.out.mkdir(parents=True, exist_ok=True)
     with TrajectoryStore.open(command.store) as store, make(command.task, command.render, command.imports) as env:
+        require_embodiment(store, env)
         kind = "random" if command.random else "nearest"
         model = load_world_model(command.world_model)
+        command.out.mkdir(parents=True, exist_ok=True)
         found = rehearse(
             store, command.world_model, model, env, kind, command.k, command.queries, command.seed, command.out
         )
@@ -186,7 +187,6 @@ def rehearse(
     """The rehearsal set of a task, with rehearsal.json and contact_sheet.png in `out`."""
     from reports.sheets import contact_sheet
 
-    require_embodiment(store, env)
     frames = np.stack([env.reset(QUERY_SEED + seed * 1000 + i)["pixels"] for i in range(queries)])
     if kind == "random":
         found = random_rehearsal(store, k, env.spec.embodiment, seed)

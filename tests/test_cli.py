@@ -118,6 +118,28 @@ def test_a_missing_redis_binary_is_one_sentence_and_leaves_nothing(capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_redis_that_does_not_answer_is_one_sentence_and_leaves_nothing(capsys, tmp_path):
+    arguments = ("--method", "scratch", "--task", "dmc/cartpole-balance", "--redis-url", "redis://127.0.0.1:1/0")
+    said = refused(capsys, "finetune", *arguments, "--out", tmp_path / "run")
+    assert "--redis-url" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_within_the_warm_up_is_told_in_frames(capsys, tmp_path):
+    arguments = ("--method", "scratch", "--task", "dmc/cartpole-balance", "--budget-frames", 1000)
+    said = refused(capsys, "finetune", *arguments, "--local", "--out", tmp_path / "run")
+    assert "--warmup-frames" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_sentence_and_leaves_nothing(tmp_path):
+    arguments = ("--method", "scratch", "--task", "dmc/cartpole-balance", "--ray-address", "127.0.0.1:1")
+    said = gsa("finetune", *arguments, "--out", tmp_path / "run")
+    assert said.returncode == 2
+    assert said.stderr.strip().splitlines()[-1].startswith("gsa: Cannot join the Ray cluster at '127.0.0.1:1'")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_source_that_is_none_says_what_one_looks_like(capsys, tmp_path):
     assert "SOURCE:EPISODES" in refused(capsys, "collect", "--source", "reach", "--out", tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
