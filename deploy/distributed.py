@@ -77,15 +77,10 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
     try:
         if config.ray_address is None:
             cpus = max(os.cpu_count() or 1, needed_cpus(config))
-            ray.init(
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env=runtime,
-                logging_level=logging.ERROR,
-            )
+            # "local": left out, Ray would look for a cluster of anybody's on this machine, even for one that is gone.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime, **SILENT)
         else:
-            ray.init(address=config.ray_address, log_to_driver=False, runtime_env=runtime, logging_level=logging.ERROR)
+            ray.init(address=config.ray_address, runtime_env=runtime, **SILENT)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UsageError(_no_ray(config, error)) from error
     stack.callback(ray.shutdown)

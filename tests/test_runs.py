@@ -138,6 +138,7 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
     configs.save(settings, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment["RAY_ADDRESS"] = "127.0.0.1:1"  # a cluster that is gone must not keep a run from starting its own
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
