@@ -11,7 +11,7 @@ from rich.table import Table
 
 from actors.guidance import GuidanceConfig
 from deploy import run as runs
-from deploy import stages
+from deploy import pool, stages
 from deploy.config import FinetuneConfig
 from deploy.progress import console
 from gsa.errors import UsageError
@@ -85,10 +85,10 @@ def demo(out: Path, quick: bool, seed: int) -> int:
     settings = plan(quick, out, seed)
     started = time.perf_counter()
     with runs.stage(out, "collect"):
-        stages.collect(settings.sources, out / "episodes", seed, 0, "fast", False)
+        pool.collect(settings.sources, out / "episodes", seed, 0, "fast", False)
     with runs.stage(out, "ingest"):
-        stages.ingest(out / "episodes", out / "pool", "auto", "none")
-    stages.store_info(out / "pool")
+        pool.ingest(out / "episodes", out / "pool", "auto", "none")
+    pool.store_info(out / "pool")
     with runs.stage(out, "pre-train"):
         stages.pretrain(out / "pool", settings.pretrain, out / "world_model")
     with runs.stage(out, "index"):

@@ -1,8 +1,7 @@
-"""What the commands around a run do: collect, ingest, look into stores, pre-train, index, retrieve, evaluate."""
+"""What the commands around a run do: pre-train, index, retrieve, evaluate."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,70 +18,10 @@ from retrieval.retriever import retrieve as nearest
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
-    from actors.environment import Profile
-    from deploy.cli import Retrieve
+    from deploy.data_commands import Retrieve
     from gsa.agent.world_model import WorldModel
 
 QUERY_SEED = 2_000_000  # resets that give the queries are none of training's or evaluation's
-FAULTS_FOUND = 1
-
-
-def collect(
-    sources: Sequence[tuple[str, int]], out: Path, seed: int, processes: int, render: Profile, with_reward: bool
-) -> int:
-    """Generates episodes as npz files. 1 where simulators failed."""
-    from actors.collect import CollectPlan
-    from actors.collect import collect as collect_all
-
-    plan = CollectPlan(tuple(sources), with_reward, render)
-    with bar("collect") as progress:
-        report = collect_all(plan, out, seed, processes or os.cpu_count() or 1, progress)
-    for source, row in report["sources"].items():
-        success = "" if row["success"] is None else f"  success {row['success']:.0%}"
-        console.print(
-            f"{source:44} {row['episodes']:4} episodes  return {row['return']['mean']:7.1f}{success}", soft_wrap=True
-        )
-    for failure in report["failed"]:
-        console.print(f"  failed: {failure}", soft_wrap=True)
-    return FAULTS_FOUND if report["failed"] else 0
-
-
-def ingest(source: Path, path: Path, format: str, codec: str) -> int:
-    """Reads episodes into a store, created if it is not there. 1 where files were bad."""
-    from retrieval.ingest import ingest as ingest_all
-
-    store = TrajectoryStore.open(path, write=True) if path.exists() else TrajectoryStore.create(path, codec=codec)
-    with store, bar("ingest") as progress:
-        report = ingest_all(source, store, format=format, progress=progress)
-    console.print(f"{report.added} trajectories added, {report.skipped_known} known before, {len(report.failed)} bad.")
-    for file, reason in report.failed:
-        console.print(f"  skipped {file}: {reason}", soft_wrap=True)
-    return FAULTS_FOUND if report.failed else 0
-
-
-def store_info(path: Path) -> int:
-    """Prints what a store holds."""
-    with TrajectoryStore.open(path) as store:
-        for line in store.recovery:
-            console.print(f"recovered: {line}")
-        print(f"{path}: {len(store)} trajectories, {store.steps} agent steps, codec {store.codec}")
-        for embodiment, row in store.info().items():
-            megabytes = row["bytes"] / 1e6
-            print(f"  {embodiment}: {row['trajectories']} trajectories, {row['frames']} frames, {megabytes:.0f} MB")
-            for source, count in row["sources"].items():
-                print(f"    {count:6}  {source}")
-    return 0
-
-
-def store_verify(path: Path) -> int:
-    """Checks every checksum; prints the damaged trajectories."""
-    with TrajectoryStore.open(path) as store, bar("verify") as progress:
-        damaged = store.verify(progress)
-        count = len(store)
-    for row, reason in damaged:
-        print(f"trajectory {row}: {reason}")
-    print(f"{count - len(damaged)} of {count} trajectories are whole.")
-    return FAULTS_FOUND if damaged else 0
 
 
 def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
@@ -224,14 +163,6 @@ def require_fits(model: WorldModel, action_dim: int, what: str) -> None:
         raise SpecMismatch(
             f"{what} has {action_dim} actions; the world model takes at most {model.config.max_action_dim}."
         )
-
-
-def source_count(text: str) -> tuple[str, int]:
-    """ "metaworld/reach-v3/scripted-0.5:20" as source and episodes."""
-    source, colon, episodes = text.rpartition(":")
-    if not colon or not episodes.isdigit() or int(episodes) < 1:
-        raise UsageError(f"'{text}' is not SOURCE:EPISODES, such as metaworld/reach-v3/scripted-0.5:20.")
-    return source, int(episodes)
 
 
 def _sources(found: RehearsalSet) -> list[tuple[str, int]]:

@@ -1,0 +1,123 @@
+"""The commands that make, fill and search stores: flags only; what they do is in `pool` and `stages`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Generate a pool of trajectories with scripted policies, planners and noise; no reward is stored."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE:EPISODES")]
+    """What to collect and how many episodes: metaworld/<task>/scripted-<sigma>:20, dmc/<task>/noise-<beta>:10,
+    dmc/<task>/planner-<quality>:5."""
+    out: Path
+    """Folder for the episodes, an npz file each; what is there already is kept."""
+    seed: int = 0
+    processes: int = 0
+    """Parallel processes; 0: one a core."""
+    render: Literal["fast", "faithful"] = "fast"
+    with_reward: bool = False
+    """Store rewards too."""
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        sources = [pool.source_count(text) for text in self.source]
+        return pool.collect(sources, self.out, self.seed, self.processes, self.render, self.with_reward)
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """Read episodes of another format into a trajectory store. Goes on where it stopped; bad files are named."""
+
+    source: Positional[Path]
+    store: Path
+    """The store; created if it is not there."""
+    format: Literal["auto", "npz", "store"] = "auto"
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    """Compression of a new store: none is the fastest to train from."""
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.ingest(self.source, self.store, self.format, self.codec)
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds."""
+
+    store: Positional[Path]
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.store_info(self.store)
+
+
+@dataclass(frozen=True)
+class StoreVerify:
+    """Read everything and check every checksum. Exit code 1 if anything is damaged."""
+
+    store: Positional[Path]
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.store_verify(self.store)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Look into a trajectory store."""
+
+    what: (
+        Annotated[StoreInfo, subcommand("info", prefix_name=False)]
+        | Annotated[StoreVerify, subcommand("verify", prefix_name=False)]
+    )
+
+    def __call__(self) -> int:
+        return self.what()
+
+
+@dataclass(frozen=True)
+class Index:
+    """Compute the encoder's feature of every first frame of a store, for retrieval. Adds what is new."""
+
+    store: Path
+    world_model: Path
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.index(self.store, self.world_model)
+
+
+@dataclass(frozen=True)
+class Retrieve:
+    """Retrieve the trajectories of a store that start most like a task, and draw their contact sheet."""
+
+    task: str
+    store: Path
+    world_model: Path
+    out: Path
+    """Folder for rehearsal.json and contact_sheet.png."""
+    k: int = 500
+    queries: int = 1
+    random: bool = False
+    """Draw k trajectories of the embodiment at random instead."""
+    seed: int = 0
+    render: Literal["fast", "faithful"] = "fast"
+    imports: tuple[str, ...] = ()
+
+    def __call__(self) -> int:
+        from deploy import stages
+
+        return stages.retrieve(self)
