@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from actors.guidance import GuidanceConfig
-from deploy import run as runs
 from deploy import pool, stages
+from deploy import run as runs
 from deploy.config import FinetuneConfig
 from deploy.progress import console
 from gsa.errors import UsageError
