@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from gsa.errors import UsageError
+from gsa.schedule import schedule_value
 from gsa.schema import Controller, Lease
-
-FORMS = "constant(P), linear(FROM,TO,STEPS) or piecewise(STEP:P,STEP:P,…)"
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,6 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         schedule_value(self.schedule, 0)
-
-
-def schedule_value(schedule: str, step: int) -> float:
-    """The schedule's value at `step`; linear between its points, constant outside them."""
-    points = _points(schedule)
-    return float(np.interp(step, [s for s, _ in points], [p for _, p in points]))
 
 
 def episode_plan(
@@ -55,25 +45,3 @@ def episode_plan(
             start = int(rng.integers(0, episode_steps - length + 1))
             plan[start : start + length] = Controller.PRIOR
     return plan[: lease.max_steps]
-
-
-def _points(schedule: str) -> list[tuple[float, float]]:
-    match = re.fullmatch(r"\s*(constant|linear|piecewise)\s*\(([^()]*)\)\s*", schedule)
-    try:
-        kind, arguments = (match[1], match[2].split(",")) if match else ("", [])
-        if kind == "constant":
-            (value,) = map(float, arguments)
-            points = [(0.0, value)]
-        elif kind == "linear":
-            first, last, steps = map(float, arguments)
-            points = [(0.0, first), (steps, last)]
-        elif kind == "piecewise":
-            points = [(float(s), float(p)) for s, p in (a.split(":") for a in arguments)]
-        else:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"Not a guidance schedule: '{schedule}'. Write {FORMS}.") from None
-    steps_rise = all(a[0] < b[0] for a, b in itertools.pairwise(points))
-    if not steps_rise or not all(0 <= p <= 1 for _, p in points):
-        raise UsageError(f"In the guidance schedule '{schedule}' steps must rise and probabilities lie in [0, 1].")
-    return points

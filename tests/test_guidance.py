@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from actors.guidance import GuidanceConfig, episode_plan, schedule_value
+from actors.guidance import GuidanceConfig, episode_plan
 from gsa.errors import UsageError
+from gsa.schedule import schedule_value
 from gsa.schema import Controller, Lease
 
 STEPS = 100
