@@ -51,22 +51,36 @@ class Meter:
         self._sums, self._rates, self._read_at = {}, dict.fromkeys(self._rates, 0.0), now
         return {f"{self.part}/{k}": float(v) for k, v in out.items()}
 
+    def state(self) -> dict[str, Any]:
+        """Plain data: what was counted, but for rates."""
+        sums = {k: list(v) for k, v in self._sums.items()}
+        return {"totals": dict(self.totals), "sums": sums, "gauges": dict(self._gauges)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting from `state`."""
+        self.totals, self._gauges = dict(state["totals"]), dict(state["gauges"])
+        self._sums = {k: (float(total), int(n)) for k, (total, n) in state["sums"].items()}
+
 
 class RunLog:
     """A run's metrics.jsonl and its TensorBoard twin. Opening a folder that has one continues it.
 
-    A row is {"frames": …, "time_s": …, metric: value}. Rows past `resume_frames` are cut on opening, so that a
-    resumed run writes each row once.
+    A row is {"frames": …, "time_s": …, metric: value}. On opening, rows past `resume_frames` are cut, or those
+    after the first `resume_rows`, and in TensorBoard too, so that a resumed run writes each row once.
     """
 
-    def __init__(self, folder: str | Path, resume_frames: int | None = None) -> None:
+    def __init__(self, folder: str | Path, resume_frames: int | None = None, resume_rows: int | None = None) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_frames is not None and self.path.exists():
-            rows = [r for r in read_log(folder) if r["frames"] <= resume_frames]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
-            os.replace(temporary, self.path)
+        self.rows, self._purge = 0, None
+        if self.path.exists():
+            rows = [r for r in read_log(folder)[:resume_rows] if resume_frames is None or r["frames"] <= resume_frames]
+            self.rows = len(rows)
+            if resume_frames is not None or resume_rows is not None:
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+                os.replace(temporary, self.path)
+                self._purge = rows[-1]["frames"] + 1 if rows else 0
         self._file = self.path.open("a", buffering=1)
         self._board: Any = None
 
@@ -74,6 +88,7 @@ class RunLog:
         """One row. A value that is not finite is kept as null in the file and left out of TensorBoard."""
         row = {"frames": int(frames), "time_s": round(time.time(), 3)}
         self._file.write(json.dumps({**row, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+        self.rows += 1
         for key, value in values.items():
             if math.isfinite(float(value)):
                 self._writer().add_scalar(key, float(value), int(frames))
@@ -87,7 +102,7 @@ class RunLog:
         if self._board is None:
             from tensorboardX import SummaryWriter  # only where a run is written
 
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"))
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge)
         return self._board
 
 

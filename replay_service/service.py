@@ -4,8 +4,10 @@ called directly."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,8 @@ from replay_service.batches import SequenceSampler, cut, empty_batch, shared_obs
 from replay_service.config import ReplayConfig
 from retrieval.store import TrajectoryStore
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class ReplayService:
         self._meter = Meter("replay")
         self._leases: dict[int, _OpenLease] = {}
         self._next_episode = self._batches = 0
+        self._ahead: deque[int] = deque()  # stored rows that a run which repeats itself has not come to again
         self._max_action_dim = max_action_dim or spec.action_dim
         self._rehearsal = SequenceSampler("pool", config.length)
         specs = [spec]
@@ -90,7 +94,7 @@ class ReplayService:
                 self._meter.count("lease_waits")
                 return NoLease.WAIT
             begun = self.collected + leased
-            episodes = len(self._online.rows()) + len(self._leases)
+            episodes = len(self._counted_rows()) + len(self._leases)
             warmup = begun < self.config.warmup_steps or episodes < self.config.warmup_episodes
             lease = Lease(self._next_episode, steps, begun, warmup)
             self._leases[lease.episode] = _OpenLease(worker, steps, self._clock() + self.config.lease_timeout_s)
@@ -106,7 +110,8 @@ class ReplayService:
         with self._lock:
             self._expire()
             lease = self._leases.get(episode)
-            if lease is None or lease.worker != worker or self._online.find(trajectory.id) is not None:
+            row = self._online.find(trajectory.id)
+            if lease is None or lease.worker != worker or (row is not None and not self._repeats(row, trajectory)):
                 self._meter.count("rejected_episodes")
                 return False
             trajectory.check(self.spec)
@@ -115,8 +120,11 @@ class ReplayService:
                     f"Episode {episode} of {worker} must have a reward and at most {lease.max_steps} steps, "
                     f"not {len(trajectory)}."
                 )
-            stats = {**trajectory.stats, "episode": float(episode)}
-            row = self._online.append(dataclasses.replace(trajectory, stats=stats))
+            if row is None:
+                stats = {**trajectory.stats, "episode": float(episode)}
+                row = self._online.append(dataclasses.replace(trajectory, stats=stats))
+            else:
+                self._ahead.popleft()
             del self._leases[episode]
             self._limiter.insert(len(trajectory))
             self._draw_from(np.array([row]), np.array([len(trajectory)]))
@@ -141,10 +149,11 @@ class ReplayService:
         the cursor (0 at first), so that an answer lost is asked for again and none is counted twice.
         """
         with self._lock:
-            rows = self._online.rows()
+            rows = self._counted_rows()
             ends = np.cumsum(self._online.catalog.length[rows], dtype=np.int64)
             new = zip(rows.tolist(), ends.tolist(), strict=True)
-            return [self._episode_stats(row, end) for row, end in new if row >= cursor], len(self._online)
+            end = int(rows[-1]) + 1 if len(rows) else 0
+            return [self._episode_stats(row, steps) for row, steps in new if row >= cursor], max(cursor, end)
 
     # ------------------------------------------------------------------ learning
 
@@ -204,16 +213,22 @@ class ReplayService:
     # ------------------------------------------------------------------ saving
 
     def state(self) -> dict[str, Any]:
-        """Plain data that continues the run with the same online store. Open leases are not kept: their workers end
-        with the run."""
+        """Plain data that continues the run with the same online store."""
         with self._lock:
+            leases = [[episode, lease.worker, lease.max_steps] for episode, lease in self._leases.items()]
             return {
-                "version": STATE_VERSION, "seed": self.seed, "store": self._online.id, "rows": len(self._online),
-                "sampled": self._limiter.sampled, "batches": self._batches, "next_episode": self._next_episode,
+                "version": STATE_VERSION, "seed": self.seed, "store": self._online.id,
+                "rows": self._ahead[0] if self._ahead else len(self._online), "sampled": self._limiter.sampled,
+                "batches": self._batches, "next_episode": self._next_episode, "leases": leases,
+                "meter": self._meter.state(),
             }  # fmt: skip
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`. Episodes that the online store has beyond it were acknowledged, and count."""
+    def restore(self, state: Mapping[str, Any], exact: bool = False) -> None:
+        """Continues from `state`. Episodes that the online store has beyond it were acknowledged, and count.
+
+        With `exact` the run is one that repeats itself: its open leases stay open, and what the store has beyond
+        `state` counts when it is collected again, bit for bit. Where it is not, all of it counts at once.
+        """
         with self._lock:
             if state.get("version") != STATE_VERSION:
                 raise FormatError(f"Replay state of version {state.get('version')}; this is version {STATE_VERSION}.")
@@ -226,21 +241,47 @@ class ReplayService:
                 )
             self._leases.clear()
             self._batches, self._next_episode = int(state["batches"]), int(state["next_episode"])
-            self._count_online(int(state["sampled"]))
+            self._meter.restore(state["meter"])
+            self._count_online(int(state["sampled"]), rows=int(state["rows"]) if exact else None)
+            if exact:
+                deadline = self._clock() + self.config.lease_timeout_s
+                self._leases = {int(e): _OpenLease(str(w), int(n), deadline) for e, w, n in state["leases"]}
 
-    def _count_online(self, sampled: int) -> None:
-        """Sets what follows from the online store: steps inserted, what to draw from, episode numbers in use."""
-        rows = self._online.rows()
-        steps = self._online.catalog.length[rows]
+    def _count_online(self, sampled: int, rows: int | None = None) -> None:
+        """Sets what follows from the online store: steps inserted, what to draw from, episode numbers in use.
+
+        Of its catalog only the first `rows` rows count, if given; the others are ahead.
+        """
+        self._ahead = deque(row for row in self._online.rows().tolist() if rows is not None and row >= rows)
+        counted = self._counted_rows()
+        steps = self._online.catalog.length[counted]
         self._limiter = self.config.limiter()
         self._limiter.insert(int(steps.sum()))
         self._limiter.sample(sampled)
         self._recent = SequenceSampler("online", self.config.length)
-        self._draw_from(rows, steps)
-        used = (int(self._online.catalog.stats(row).get("episode", -1)) for row in rows.tolist())
+        self._draw_from(counted, steps)
+        used = (int(self._online.catalog.stats(row).get("episode", -1)) for row in counted.tolist())
         self._next_episode = max(self._next_episode, 1 + max(used, default=-1))
 
     # ------------------------------------------------------------------ with the lock held
+
+    def _counted_rows(self) -> np.ndarray:
+        """The rows of the online store that count as inserted: all but those that are ahead."""
+        rows = self._online.rows()
+        return rows[: len(rows) - len(self._ahead)]
+
+    def _repeats(self, row: int, trajectory: Trajectory) -> bool:
+        """Whether `trajectory` is the stored row that comes next in a run that repeats itself."""
+        if not self._ahead or row < self._ahead[0]:
+            return False
+        stored = self._online.read(row)
+        if row == self._ahead[0] and _equal(stored, trajectory):
+            return True
+        _log.warning("Episode %s was not repeated bit for bit; what was stored of it and after it stays.", stored.id)
+        self._meter.count("unrepeated_episodes", len(self._ahead))
+        self._leases.clear()
+        self._count_online(self._limiter.sampled)
+        return False
 
     @property
     def _leased(self) -> int:
@@ -261,3 +302,12 @@ class ReplayService:
         steps = int(self._online.catalog.length[row])
         frames = agent_steps * self.spec.action_repeat
         return {**self._online.catalog.stats(row), "steps": steps, "agent_steps": agent_steps, "frames": frames}
+
+
+def _equal(a: Trajectory, b: Trajectory) -> bool:
+    """Whether two trajectories hold the same, bit for bit."""
+    arrays = ("action", "discount", "reward", "controller", "policy_version")
+    pairs = [(getattr(a, k), getattr(b, k)) for k in arrays] + [
+        (a.observation[k], b.observation[k]) for k in b.observation
+    ]
+    return all(np.array_equal(x, y) for x, y in pairs)

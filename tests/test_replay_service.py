@@ -436,7 +436,8 @@ def play(service, steps, seed):
             arrays = (batch.observation["pixels"], batch.previous_action, batch.reward, batch.valid)
             seen.append((batch.refs, [a.tobytes() for a in arrays]))
         elif isinstance(lease := service.lease("w"), Lease):
-            service.add("w", lease.episode, counting(lease.episode, rng.randint(1, lease.max_steps), SPEC))
+            episode = counting(lease.episode, rng.randint(1, lease.max_steps), SPEC)
+            service.add("w", lease.episode, replace(episode, id=f"run-{lease.episode}"))
             seen.append(lease)
         else:
             seen.append(lease)
@@ -456,7 +457,50 @@ def test_continues_bit_for_bit(tmp_path, pool):
         continued = make(store, config, pool, np.arange(10), seed=7)
         continued.restore(state)
         assert play(continued, 200, seed=2) == expected
-        assert continued.state() | {"rows": 0} == service.state() | {"rows": 0}
+        assert continued.state() | {"meter": None} == service.state() | {"meter": None}
+        assert continued.state()["meter"]["totals"] == service.state()["meter"]["totals"]
+
+
+def test_a_run_that_repeats_itself_finds_its_episodes_stored(tmp_path, pool):
+    """Killed long after its last saved state: what it had collected since is collected again, and stored once."""
+    config = replace(CONFIG, capacity=80)
+    with TrajectoryStore.create(tmp_path / "a") as store:
+        service = make(store, config, pool, np.arange(10), seed=7)
+        play(service, 40, seed=1)
+        held = service.lease("w")
+        state, (_, cursor) = json.loads(json.dumps(service.state())), service.drain_episodes()
+        expected = play(service, 200, seed=2)
+        episodes = service.drain_episodes(cursor)
+        rows, collected = len(store), service.collected
+        assert episodes[0] and rows > state["rows"]
+        continued = make(store, config, pool, np.arange(10), seed=7)
+        continued.restore(state, exact=True)
+        assert continued.collected < collected
+        assert continued.drain_episodes(cursor) == ([], cursor), "what is ahead is not reported yet"
+        assert play(continued, 200, seed=2) == expected
+        assert continued.drain_episodes(cursor) == episodes
+        assert (len(store), continued.collected) == (rows, collected)
+        assert continued.add("w", held.episode, counting(held.episode, 1, SPEC)), "the lease was still open"
+
+
+def test_a_run_that_does_not_repeat_itself_keeps_what_was_stored(online):
+    service = make(online)
+    for i in range(2):
+        lease = service.lease("w")
+        service.add("w", lease.episode, replace(counting(i, 10, SPEC), id=f"run-{i}"))
+    state = service.state()
+    for i in range(2, 5):
+        lease = service.lease("w")
+        service.add("w", lease.episode, replace(counting(i, 10, SPEC), id=f"run-{i}"))
+    continued = make(online)
+    continued.restore(state, exact=True)
+    lease = continued.lease("w")
+    other = replace(counting(9, 10, SPEC), id=f"run-{lease.episode}")
+    assert not continued.add("w", lease.episode, other)
+    assert continued.collected == 50
+    assert continued.stats()["replay/unrepeated_episodes"] == 3
+    assert [e["episode"] for e in continued.drain_episodes()[0]] == [0, 1, 2, 3, 4]
+    assert collect(continued).episode == 5
 
 
 def test_episodes_after_the_saved_state_are_neither_lost_nor_counted_twice(online):
