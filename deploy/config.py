@@ -68,8 +68,8 @@ class FinetuneConfig:
     """Sequences a batch."""
     length: int = 64
     """Observation rows a sequence."""
-    rehearsal_share: float = 0.25
-    """Share of each batch that is rehearsed: 4 of 16."""
+    rehearsal_share: float | str = 0.25
+    """Share of each batch that is rehearsed: 4 of 16. Or a schedule over agent steps, in the forms of the guidance's."""
     train_ratio: float = 256.0
     """Replayed steps for each agent step collected."""
     capacity_frames: int | None = None

@@ -67,7 +67,10 @@ def _plain(value: Any) -> Any:
 def _typed(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _typed(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        return _typed(next((a for a in options if type(value) is a), options[0]), value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin is typing.Literal:

@@ -12,6 +12,8 @@ and not `valid`.
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -146,6 +148,46 @@ def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: B
     out.reward[b], out.reward_mask[b] = 0, False
     if with_reward and "reward" in views:
         out.reward[b, 1 - before : n], out.reward_mask[b, 1 - before : n] = views["reward"], True
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The shape of a run's batches: plain data, so that another process can cut them."""
+
+    batch: int  # sequences
+    length: int  # observation rows
+    observation: Mapping[str, ArraySpec]
+    max_action_dim: int
+
+    def empty(self) -> Batch:
+        return empty_batch(self.batch, self.length, self.observation, self.max_action_dim)
+
+
+class Cutter:
+    """Turns drawn refs into batches; rewards are those of the online store.
+
+    With `buffers` = n, each thread that cuts reuses the arrays of n batches: one is overwritten by the n-th after it.
+    Stores that another process writes to are read on when a ref is of a row they do not know yet.
+    """
+
+    def __init__(self, stores: Mapping[str, TrajectoryStore], layout: Layout, buffers: int = 0) -> None:
+        self.stores, self.layout, self._buffers = stores, layout, buffers
+        self._thread = threading.local()  # .buffers, the next one first
+
+    def __call__(self, refs: Sequence[SequenceRef]) -> Batch:
+        for ref in refs:
+            if ref.trajectory >= len(self.stores[ref.store]):
+                self.stores[ref.store].refresh()
+        layout, out = self.layout, self._next_buffer()
+        return cut(self.stores, refs, layout.length, layout.max_action_dim, reward_from=("online",), out=out)
+
+    def _next_buffer(self) -> Batch:
+        if not self._buffers:
+            return self.layout.empty()
+        if not hasattr(self._thread, "buffers"):
+            self._thread.buffers = deque(self.layout.empty() for _ in range(self._buffers))
+        self._thread.buffers.rotate(-1)
+        return self._thread.buffers[-1]
 
 
 class PoolBatches(Iterator[Batch]):

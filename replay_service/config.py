@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gsa.errors import UsageError
+from gsa.schedule import schedule_value
 from replay_service.limiter import RateLimiter
 
 
@@ -14,7 +16,7 @@ class ReplayConfig:
 
     batch: int = 16  # sequences
     length: int = 64  # observation rows a sequence
-    rehearsal_share: float = 0.25  # of the batch, where there is a rehearsal set
+    rehearsal_share: float | str = 0.25  # of the batch, where there is a rehearsal set; or a schedule over agent steps
     samples_per_insert: float = 256.0  # replayed steps for each collected one
     min_size: int = 7_500  # collected before the first batch
     slack: float | None = None  # replayed steps either side may be ahead; None: enough for `parallel_episodes`
@@ -31,8 +33,9 @@ class ReplayConfig:
         for name in (*positive, "parallel_episodes"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"replay.{name} must be positive, not {getattr(self, name)}.")
-        if not 0 <= self.rehearsal_share <= 1:
-            raise UsageError(f"replay.rehearsal_share must be within 0 and 1, not {self.rehearsal_share}.")
+        if self.capacity is not None and self.capacity < 1:
+            raise UsageError(f"replay.capacity must be at least one agent step, not {self.capacity}.")
+        schedule_value(self.rehearsal_share, 0)
         if self.min_size > self.budget:
             raise UsageError(f"replay.min_size ({self.min_size}) is above the budget ({self.budget}).")
         if self.slack is not None and self.slack < self.least_slack:
@@ -41,10 +44,15 @@ class ReplayConfig:
                 f"collection and learning could wait for each other."
             )
 
-    @property
-    def rehearsal_rows(self) -> int:
-        """Sequences of a batch that are rehearsed: exactly this many, in every batch."""
-        return round(self.batch * self.rehearsal_share)
+    def rehearsal_rows(self, i: int, agent_steps: int) -> int:
+        """Sequences of batch number `i` that are rehearsed, with so many agent steps collected.
+
+        The same in every batch where the share makes whole rows (4 of 16); else the two whole numbers around
+        take turns so that n batches differ from n times the share by less than a row.
+        """
+        rows = self.batch * schedule_value(self.rehearsal_share, agent_steps)
+        before, after = (math.floor(rows * n + 1e-6) for n in (i, i + 1))  # a hair more, for rounding
+        return after - before
 
     @property
     def sample_steps(self) -> int:

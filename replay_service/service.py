@@ -10,14 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gsa.errors import FormatError, UsageError
 from gsa.metrics import Meter
-from gsa.schema import Batch, Lease, NoLease, Spec, Trajectory
-from replay_service.batches import SequenceSampler, cut, empty_batch, shared_observation, specs_of
+from gsa.schema import Batch, Lease, NoLease, SequenceRef, Spec, Trajectory
+from replay_service.batches import Cutter, Layout, SequenceSampler, shared_observation, specs_of
 from replay_service.config import ReplayConfig
 from retrieval.store import TrajectoryStore
 
@@ -56,27 +57,27 @@ class ReplayService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`online` is open for writing and belongs to this run alone; the caller closes it. `rehearsal_rows` are rows
-        of `pool`; without any, batches are all online. With `buffers` = n, the arrays of n batches are reused: a
-        batch is overwritten by the n-th `sample()` after it.
+        of `pool`; without any, batches are all online. With `buffers` = n, each thread that samples reuses the
+        arrays of n batches: one is overwritten by the n-th `sample()` after it.
         """
         online.add_spec(spec)
         self.config, self.spec, self.seed = config, spec, seed
-        self._online, self._pool, self._clock = online, pool, clock
+        self._online, self._clock = online, clock
         self._lock = threading.Lock()
         self._meter = Meter("replay")
         self._leases: dict[int, _OpenLease] = {}
         self._next_episode = self._batches = 0
         self._ahead: deque[int] = deque()  # stored rows that a run which repeats itself has not come to again
-        self._max_action_dim = max_action_dim or spec.action_dim
         self._rehearsal = SequenceSampler("pool", config.length)
         specs = [spec]
         if pool is not None and rehearsal_rows is not None and len(rehearsal_rows):
             rows = np.asarray(rehearsal_rows, np.int64)
             self._rehearsal.extend(rows, pool.catalog.length[rows])
             specs += specs_of(pool, rows)
-        observation = shared_observation(specs, self._max_action_dim)
-        self._new_buffer = lambda: empty_batch(config.batch, config.length, observation, self._max_action_dim)
-        self._buffers = [self._new_buffer() for _ in range(buffers)]
+        dim = max_action_dim or spec.action_dim
+        self.layout = Layout(config.batch, config.length, shared_observation(specs, dim), dim)
+        stores = {"online": online} | ({"pool": pool} if len(self._rehearsal) and pool is not None else {})
+        self._cut = Cutter(stores, self.layout, buffers)
         self._count_online(sampled=0)
 
     # ------------------------------------------------------------------ collecting
@@ -162,23 +163,34 @@ class ReplayService:
 
         Rewards are those of the online rows; rehearsed rows never have one.
         """
+        started = time.perf_counter()
+        if (refs := self.draw()) is None:
+            return None
+        batch = self._cut(refs)
+        with self._lock:
+            self._meter.mean({"sample_ms": (time.perf_counter() - started) * 1e3})
+        return batch
+
+    def draw(self) -> tuple[SequenceRef, ...] | None:
+        """What the next batch is made of, counted as replayed; None as in `sample`. For who cuts it elsewhere."""
         with self._lock:
             steps = self.config.sample_steps
             if self.target_reached or not self._limiter.can_sample(steps):
                 self._meter.count("sample_waits")
                 return None
-            started = time.perf_counter()
             rng = np.random.default_rng([self.seed, self._batches])
-            rehearsed = self.config.rehearsal_rows if len(self._rehearsal) else 0
+            rehearsed = self.config.rehearsal_rows(self._batches, self.collected) if len(self._rehearsal) else 0
             refs = self._recent.draw(self.config.batch - rehearsed, rng) + self._rehearsal.draw(rehearsed, rng)
-            stores = {"online": self._online} | ({"pool": self._pool} if self._pool is not None else {})
-            out = self._buffers[self._batches % len(self._buffers)] if self._buffers else self._new_buffer()
-            batch = cut(stores, refs, self.config.length, self._max_action_dim, reward_from=("online",), out=out)
             self._limiter.sample(steps)
             self._batches += 1
             self._meter.count("sampled", steps, rate=True)
-            self._meter.mean({"sample_ms": (time.perf_counter() - started) * 1e3})
-            return batch
+            self._meter.mean({"rehearsal_rows": rehearsed})
+            return tuple(refs)
+
+    @property
+    def stores(self) -> dict[str, Path]:
+        """Where the trajectories lie that refs are addresses of."""
+        return {name: store.path for name, store in self._cut.stores.items()}
 
     @property
     def collected(self) -> int:
