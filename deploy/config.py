@@ -69,7 +69,7 @@ class FinetuneConfig:
     length: int = 64
     """Observation rows a sequence."""
     rehearsal_share: float | str = 0.25
-    """Share of each batch that is rehearsed: 4 of 16. Or a schedule over agent steps, in the forms of the guidance's."""
+    """Share of each batch that is rehearsed: 4 of 16. Or a schedule over agent steps, as for guidance."""
     train_ratio: float = 256.0
     """Replayed steps for each agent step collected."""
     capacity_frames: int | None = None

@@ -18,7 +18,7 @@ from gsa.schema import WeightSnapshot
 
 def run_local(config: FinetuneConfig, run: Path, progress: Progress) -> Path:
     """Collects and learns in turns until the budget is collected and learned from. Returns the agent's folder."""
-    replay = parts.replay_service(config, run)
+    replay = parts.replay_service(config, run, buffers=2)
     tuner = parts.fine_tuner(config, run)
     weights = MemoryBroadcast()
     learner = parts.learner_loop(config, tuner, replay.sample, parts.publish_to(weights.publisher()))

@@ -16,10 +16,10 @@ from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
 from deploy.provenance import require_same_sources
-from deploy.ray_links import RayBatchLink
+from deploy.ray_links import BatchSource, RayBatchLink
 from gsa.broadcast import RedisPublisher, RedisSubscriber
 from gsa.errors import GsaError
-from gsa.schema import Batch, Lease, NoLease, Trajectory, WeightSnapshot
+from gsa.schema import Batch, Lease, NoLease, SequenceRef, Trajectory, WeightSnapshot
 from retrieval.files import replace_file
 
 PRIOR = "prior"  # the group of weights that the prior actor is published in
@@ -43,6 +43,13 @@ class ReplayActor:
 
     def release(self, worker: str, episode: int | None = None) -> int:
         return self._service.release(worker, episode)
+
+    def about(self) -> BatchSource:
+        here = ray.get_runtime_context().get_node_id()
+        return BatchSource(here, self._service.stores, self._service.layout)
+
+    def draw(self) -> tuple[SequenceRef, ...] | None:
+        return self._service.draw()
 
     def sample(self) -> Batch | None:
         return self._service.sample()
@@ -74,8 +81,8 @@ class LearnerActor:
             self._prior = RedisPublisher(redis_url, about.run, PRIOR)  # kept, as it republishes into an empty server
             self._prior.publish(WeightSnapshot(0, parts.prior_tensors(run)))
         self._tuner = parts.fine_tuner(config, run)
-        sample = RayBatchLink(replay).sample
-        self._loop = parts.learner_loop(config, self._tuner, sample, parts.publish_to(self._weights))
+        self._batches = RayBatchLink(replay)
+        self._loop = parts.learner_loop(config, self._tuner, self._batches.sample, parts.publish_to(self._weights))
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._learn, name="learner", daemon=True)
@@ -92,7 +99,9 @@ class LearnerActor:
         return {**self._loop.stats(), **self._weights.stats()}
 
     def finish(self) -> str:
-        """Stops learning, publishes the last weights and saves the agent. Returns its folder."""
+        """Learns from what is drawn, stops, publishes the last weights and saves the agent. Returns its folder."""
+        if self._thread.is_alive():
+            self._batches.finish(deadline_s=60)
         self._stop.set()
         self._thread.join(timeout=120)
         if self._thread.is_alive():

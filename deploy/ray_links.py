@@ -8,13 +8,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from gsa.metrics import Meter
 from gsa.schema import Batch, Lease, NoLease, Trajectory
+from replay_service.batches import Cutter, Layout
+from replay_service.prefetch import BUFFERS, Prefetcher
+from retrieval.store import TrajectoryStore
 
 IN_FLIGHT = 4  # episodes a worker may have under way to replay; then it waits
 ANSWER_S = 0.005  # how long a worker with nothing to step waits for a lease before it looks again
@@ -27,6 +31,15 @@ class _Delivery:
     trajectory: Any  # reference in the object store, so that a second try costs nothing
     answer: Any
     since: float
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Where a replay service draws from: what a learner beside it needs to cut its batches itself."""
+
+    node: str
+    stores: dict[str, Path]
+    layout: Layout
 
 
 class RayReplayLink:
@@ -93,23 +106,56 @@ class RayReplayLink:
 
 
 class RayBatchLink:
-    """The learner's end: two batches are always under way, so that sampling hides behind the update."""
+    """The learner's end: two batches are always drawn ahead and one is cut ahead, all hidden behind the update.
+
+    On the replay service's node only refs cross: the learner cuts from the same mapped files. On another one
+    the batch itself comes, by the object store.
+    """
 
     def __init__(self, replay: Any, depth: int = 2) -> None:
-        self._replay, self._depth = replay, depth
+        about: BatchSource = ray.get(replay.about.remote(), timeout=DEADLINE_S)
+        self._cut: Cutter | None = None
+        self._ask = replay.sample.remote
+        if about.node == _here():
+            stores = {name: TrajectoryStore.open(path) for name, path in about.stores.items()}
+            self._cut, self._ask = Cutter(stores, about.layout, BUFFERS), replay.draw.remote
+        self._depth, self._last = depth, False
         self._pending: deque[tuple[Any, float]] = deque()
+        self._ahead = Prefetcher(self._next)
 
     def sample(self) -> Batch | None:
-        """The next batch, or None if there is none yet. Its arrays are read-only views of the object store."""
-        while len(self._pending) < self._depth:
-            self._pending.append((self._replay.sample.remote(), time.monotonic()))
+        """The next batch, or None if there is none yet. Its arrays are good until the next call."""
+        return self._ahead.sample()
+
+    def finish(self, deadline_s: float) -> bool:
+        """Asks for no more; waits until all that was drawn is handed out. False if the deadline came first."""
+        self._last, end = True, time.monotonic() + deadline_s
+        while not self._ahead.idle and time.monotonic() < end:
+            time.sleep(0.01)
+        return self._ahead.idle
+
+    def close(self) -> None:
+        self._ahead.close()
+
+    def _next(self) -> Batch | None:
+        while not self._last and len(self._pending) < self._depth:
+            self._pending.append((self._ask(), time.monotonic()))
+        if not self._pending:
+            return None
         reference, since = self._pending[0]
         ready, _ = ray.wait([reference], timeout=0.05)
         if not ready and time.monotonic() - since < DEADLINE_S:
             return None
         self._pending.popleft()
         try:
-            return ray.get(reference, timeout=0.1)
-        except (RayError, GetTimeoutError):
+            drawn = ray.get(reference, timeout=DEADLINE_S if ready else 0.1)
+        except RayTaskError:
+            raise
+        except (RayError, GetTimeoutError):  # the service is being restarted
             self._pending.clear()
             return None
+        return drawn if self._cut is None or drawn is None else self._cut(drawn)
+
+
+def _here() -> str:
+    return ray.get_runtime_context().get_node_id()

@@ -190,7 +190,7 @@ class ReplayService:
     @property
     def stores(self) -> dict[str, Path]:
         """Where the trajectories lie that refs are addresses of."""
-        return {name: store.path for name, store in self._cut.stores.items()}
+        return {name: store.path.resolve() for name, store in self._cut.stores.items()}
 
     @property
     def collected(self) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 
 from gsa.errors import FormatError, SpecMismatch, Unavailable, UsageError
 from gsa.schema import Lease, NoLease
+from replay_service.batches import Cutter, empty_batch
 from replay_service.config import ReplayConfig
+from replay_service.prefetch import BUFFERS, Prefetcher
 from replay_service.service import ReplayService
 from retrieval.store import TrajectoryStore
 from tests.trajectories import counting, counting_spec
@@ -372,6 +375,73 @@ def test_batch_has_exact_shares_and_rehearsal_has_no_reward(online, pool):
             assert batch.reward_mask[b, :n].tolist() == [t > 0 for t in range(ref.start, ref.stop)]
 
 
+@pytest.mark.parametrize("share", [0, 0.1, 0.25, 0.3, 1 / 3, 0.9, 1])
+def test_any_ratio_is_exact(share):
+    """Over any number of batches to less than a row; and in each batch the whole number below or above."""
+    config, total = replace(CONFIG, batch=16, rehearsal_share=share), 0
+    for i in range(3000):
+        rows = config.rehearsal_rows(i, 0)
+        assert rows in (int(16 * share + 1e-6), int(16 * share + 1 - 1e-6))
+        total += rows
+        assert abs(total - (i + 1) * 16 * share) < 1
+
+
+def test_the_ratio_follows_its_schedule(online, pool):
+    config = replace(CONFIG, batch=8, rehearsal_share="piecewise(20:0.5,60:0.25,61:0)", slack=None, min_size=20)
+    service, seen = make(online, config, pool, np.arange(0, 20, 2)), {}
+    while not service.complete:
+        if (batch := service.sample()) is not None:
+            seen.setdefault(service.collected, set()).add(sum(ref.store == "pool" for ref in batch.refs))
+        elif not service.finished:
+            collect(service)
+    assert seen[20] == {4}
+    assert seen[40] == {3}  # 0.375 of 8
+    assert seen[60] == {2}
+    assert all(rows == {0} for steps, rows in seen.items() if steps > 60)
+
+
+def slow_positions(lengths, length):
+    """Every (row, start) that a sequence may begin at, one by one."""
+    return [(row, start) for row, t in lengths for start in range(t + 1) if start == 0 or start + length <= t + 1]
+
+
+def test_draws_are_uniform_over_start_positions_for_every_seed(tmp_path, pool):
+    """Against the slow list of all positions, online and rehearsed apart; a sampler that takes trajectories first and
+    starts second fails the same test."""
+    steps, length, seeds, batches = [10, 3, 7, 1, 10, 10, 2, 9], 4, 40, 60
+    config = replace(CONFIG, batch=16, length=length, rehearsal_share=0.25, min_size=1, samples_per_insert=1e4,
+                     slack=None, budget=1000)  # fmt: skip
+    with TrajectoryStore.create(tmp_path / "online") as online:
+        filled = make(online, config)
+        for n in steps:
+            collect(filled, steps=n)
+            drain_batches(filled)
+        trajectories = {"online": list(enumerate(steps)), "pool": [(4, 9), (8, 9)]}
+        sides = {name: slow_positions(lengths, length) for name, lengths in trajectories.items()}
+        excess = dict.fromkeys(sides, 0.0)
+        for seed in range(seeds):
+            service = make(online, config, pool, np.array([4, 8]), seed=seed)
+            refs = [ref for _ in range(batches) for ref in service.draw()]
+            for name, positions in sides.items():
+                excess[name] += chi_square([(r.trajectory, r.start) for r in refs if r.store == name], positions)
+        for name, positions in sides.items():
+            cells = seeds * (len(positions) - 1)
+            assert abs(excess[name] - cells) < 4 * np.sqrt(2 * cells), name
+        rng, biased = np.random.default_rng(0), 0.0
+        for _ in range(seeds):
+            rows = rng.integers(len(steps), size=12 * batches)
+            starts = [slow_positions([(row, steps[row])], length) for row in rows]
+            biased += chi_square([s[rng.integers(len(s))] for s in starts], sides["online"])
+        assert biased > 2 * seeds * (len(sides["online"]) - 1)
+
+
+def chi_square(drawn, positions):
+    expected = len(drawn) / len(positions)
+    counts = Counter(drawn)
+    assert set(counts) <= set(positions)
+    return sum((counts[p] - expected) ** 2 / expected for p in positions)
+
+
 @pytest.mark.parametrize("rows", [None, np.array([], np.int64)])
 def test_without_a_rehearsal_set_batches_are_online(online, pool, rows):
     service = make(online, CONFIG, pool, rows)
@@ -423,6 +493,63 @@ def test_buffers_are_reused_in_turn(online):
     third = service.sample()
     assert third.observation["pixels"] is first.observation["pixels"]
     assert second.observation["pixels"] is not first.observation["pixels"]
+
+
+def test_a_cutter_reads_on_in_a_store_that_another_writes(online):
+    service = make(online)
+    with TrajectoryStore.open(online.path) as elsewhere:
+        cutter = Cutter({"online": elsewhere}, service.layout)
+        for _ in range(3):
+            collect(service)
+            while (refs := service.draw()) is not None:
+                batch = cutter(refs)
+                for b, ref in enumerate(refs):
+                    assert (batch.observation["pixels"][b, : len(ref), 3, 3, 2] == np.arange(ref.start, ref.stop)).all()
+
+
+# Making the next while one is used
+
+
+class Counted:
+    """A source of numbered batches in reused arrays, that has nothing every third time."""
+
+    def __init__(self, n):
+        self.asked, self.given, self.n = 0, 0, n
+        self.buffers = [empty_batch(1, 1, SPEC.observation, 1) for _ in range(BUFFERS)]
+
+    def __call__(self):
+        self.asked += 1
+        if self.asked % 3 == 0 or self.given == self.n:
+            return None
+        batch = self.buffers[self.given % BUFFERS]
+        batch.reward[:] = self.given
+        self.given += 1
+        return batch
+
+
+def test_a_prefetched_batch_is_good_until_the_next_and_none_is_lost():
+    source = Counted(200)
+    prefetcher = Prefetcher(source)
+    used = 0
+    while used < 200:
+        if (batch := prefetcher.sample()) is not None:
+            assert source.given <= used + BUFFERS, "more is ahead than there are buffers"
+            assert batch.reward[0, 0] == used
+            used += 1
+    assert prefetcher.sample() is None
+    assert prefetcher.idle
+    prefetcher.close()
+
+
+def test_a_prefetcher_hands_on_what_its_source_raises():
+    def broken():
+        raise FormatError("The store is gone.")
+
+    prefetcher = Prefetcher(broken)
+    with pytest.raises(FormatError, match="The store is gone"):
+        while True:
+            prefetcher.sample()
+    prefetcher.close()
 
 
 # Continuing
@@ -567,7 +694,9 @@ def test_drained_episodes_tell_all_once(online):
     [
         ({"slack": 10.0}, "slack must be at least"),
         ({"min_size": 201}, "above the budget"),
-        ({"rehearsal_share": 1.5}, "within 0 and 1"),
+        ({"rehearsal_share": 1.5}, r"values lie in \[0, 1\]"),
+        ({"rehearsal_share": "cosine(1)"}, "Not a schedule"),
+        ({"capacity": 0}, "at least one agent step"),
         ({"budget": 0}, "budget must be positive"),
         ({"lease_timeout_s": -1.0}, "lease_timeout_s must be positive"),
     ],

@@ -1,0 +1,215 @@
+"""Worker → replay service → learner, in one process and over Ray, watched by an environment that counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from actors.guidance import GuidanceConfig
+from actors.rollout import Rollout
+from actors.worker import EnvWorker
+from deploy import ray_links
+from deploy.ray_actors import ReplayActor
+from gsa.schema import ArraySpec, Spec, WeightSnapshot
+from replay_service.config import ReplayConfig
+from replay_service.service import ReplayService
+from retrieval.store import TrajectoryStore
+from tests.counting import STEPS, counting
+from tests.trajectories import counting as counting_trajectory
+
+EPISODES = 6
+CONFIG = ReplayConfig(
+    batch=8, length=6, rehearsal_share=0.25, samples_per_insert=32, min_size=2 * STEPS, budget=EPISODES * STEPS,
+    episode_steps=STEPS, warmup_steps=0, warmup_episodes=0,
+)  # fmt: skip
+UPDATES = (EPISODES - 2) * STEPS * 32 // (8 * 6)
+POOL_SPEC = Spec("test/pool", {"pixels": ArraySpec((64, 64, 3), "uint8")}, 3)
+POOL_ROWS = np.array([0, 2])
+SOON_S = 60
+
+
+def service(folder) -> ReplayService:
+    """Over an online store in `folder`, new or found there, and the pool beside it."""
+    online = TrajectoryStore.open(folder / "o", write=True) if (folder / "o").exists() else None
+    with counting() as env:
+        spec = env.spec
+    pool = TrajectoryStore.open(folder / "pool")
+    return ReplayService(CONFIG, online or TrajectoryStore.create(folder / "o"), spec, pool, POOL_ROWS, 4, buffers=1)
+
+
+class Actor(ReplayActor):
+    """The run's own, over the stores of this test."""
+
+    def __init__(self, folder):
+        self._state, self._service = folder / "replay.json", service(folder)
+        if self._state.exists():
+            self._service.restore(json.loads(self._state.read_text()))
+
+    def pid(self):
+        return os.getpid()
+
+
+class ActsByStep:
+    """Action t of every episode is t/100."""
+
+    step = 0
+
+    def begin(self, slot):
+        self.step = 0
+
+    def act(self, observation, controller, rngs, sample=True):
+        self.step += 1
+        return np.full((1, 2), (self.step - 1) / 100, np.float32)
+
+    def load_tensors(self, tensors):
+        pass
+
+
+class FirstWeights:
+    def poll(self):
+        return WeightSnapshot(0, {})
+
+
+def worker(replay) -> EnvWorker:
+    rollout = Rollout([counting()], ActsByStep(), GuidanceConfig("constant(0)"), False, seed=3, run="test")
+    return EnvWorker("w", rollout, replay, FirstWeights(), None, counting)
+
+
+def check(batch) -> None:
+    """Every row says where it is from: image, action and reward must agree with its address."""
+    assert [ref.store for ref in batch.refs] == ["online"] * 6 + ["pool"] * 2
+    assert not batch.reward_mask[6:].any()
+    for b, ref in enumerate(batch.refs):
+        n, t = len(ref), np.arange(ref.start, ref.stop)
+        assert batch.valid[b].tolist() == [True] * n + [False] * (6 - n)
+        if ref.store == "pool":
+            assert ref.trajectory in POOL_ROWS
+            assert (batch.observation["pixels"][b, :n, 1, 1, 1] == t).all()
+            continue
+        pixels = batch.observation["pixels"][b, :n, 0, 0]
+        assert (pixels[:, 0] == t).all()
+        assert len(set(pixels[:, 1])) == 1
+        assert np.allclose(batch.previous_action[b, 1:n, 0], (t[1:] - 1) / 100)
+        assert (pixels[1:, 2] == t[1:] - 1 + 128).all()
+        assert (batch.reward[b, :n] == (t > 0)).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with TrajectoryStore.create(tmp_path / "pool") as pool:
+        for i in range(4):
+            trajectory = counting_trajectory(i, 9, POOL_SPEC)
+            pixels = np.zeros((10, 64, 64, 3), np.uint8)
+            pixels[:] = np.arange(10)[:, None, None, None]
+            pool.append(type(trajectory)(POOL_SPEC.embodiment, {"pixels": pixels}, trajectory.action,
+                                         trajectory.discount, trajectory.reward), POOL_SPEC)  # fmt: skip
+    return tmp_path
+
+
+def learn(sample, stop) -> list[tuple]:
+    """Checks every batch while it is good; returns their refs."""
+    seen = []
+    while not stop():
+        if (batch := sample()) is not None:
+            check(batch)
+            seen.append(batch.refs)
+    return seen
+
+
+def test_in_one_process(folder):
+    replay = service(folder)
+    working = worker(replay)
+    seen = []
+    while not replay.complete:
+        working.tick()
+        if (batch := replay.sample()) is not None:
+            check(batch)
+            seen.append(batch.refs)
+    assert len(seen) == UPDATES
+    assert {ref.trajectory for refs in seen for ref in refs if ref.store == "online"} == set(range(EPISODES))
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """Ray of this test alone. Without a token: whether there is one is settled when Ray is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+        )
+        yield
+        ray.shutdown()
+
+
+def started(folder):
+    actor = ray.remote(Actor).options(num_cpus=0, max_concurrency=4, max_restarts=-1).remote(folder)
+    ray.get(actor.pid.remote())
+    return actor
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["same-node", "other-node"])
+def test_over_ray(folder, ray_here, beside, monkeypatch):
+    """The service in a process of its own; the learner cuts from the files, or takes batches from the object store.
+    Every batch that was drawn is handed out in the end."""
+    actor = started(folder)
+    if not beside:
+        monkeypatch.setattr(ray_links, "_here", lambda: "another node")
+    batches = ray_links.RayBatchLink(actor)
+    assert (batches._cut is not None) == beside
+    link = ray_links.RayReplayLink(actor, "w")
+    working, seen, done = worker(link), [], threading.Event()
+    learner = threading.Thread(target=lambda: seen.extend(learn(batches.sample, done.is_set)))
+    learner.start()
+    try:
+        end = time.monotonic() + SOON_S
+        while not ray.get(actor.report.remote(0))["complete"] and time.monotonic() < end:
+            working.tick()
+        assert batches.finish(SOON_S)
+    finally:
+        done.set()
+        learner.join()
+        batches.close()
+        ray.kill(actor)
+    assert len(seen) == UPDATES
+    assert {ref.trajectory for refs in seen for ref in refs if ref.store == "online"} == set(range(EPISODES))
+
+
+def test_the_service_is_killed_amid_draws_and_deliveries(folder, ray_here):
+    """Three times. Every step of the budget is stored once, every batch is whole, the learner has its updates."""
+    actor = started(folder)
+    batches, link = ray_links.RayBatchLink(actor), ray_links.RayReplayLink(actor, "w")
+    working, seen, done = worker(link), [], threading.Event()
+    learner = threading.Thread(target=lambda: seen.extend(learn(batches.sample, done.is_set)))
+    learner.start()
+    kills, end = 0, time.monotonic() + SOON_S
+    try:
+        while time.monotonic() < end:
+            working.tick()
+            try:
+                report = ray.get(actor.report.remote(0), timeout=5)
+                if kills < 3 and report["collected"] >= (kills + 1) * STEPS:
+                    os.kill(ray.get(actor.pid.remote(), timeout=5), signal.SIGKILL)
+                    kills += 1
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                continue
+            if report["complete"] and kills == 3:
+                break
+        assert batches.finish(SOON_S)
+    finally:
+        done.set()
+        learner.join()
+        batches.close()
+        ray.kill(actor)
+    assert kills == 3
+    assert len(seen) >= UPDATES - 3 * 8  # what was drawn, but not yet handed out, when the service died
+    with TrajectoryStore.open(folder / "o") as store:
+        assert store.steps == CONFIG.budget
+        assert len({store.catalog.id(row) for row in store.rows()}) == len(store.rows())
