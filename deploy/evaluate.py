@@ -98,6 +98,8 @@ def evaluate_agent(
     try:
         if (has := environments[0].spec.action_dim) != agent.action_dim:
             raise SpecMismatch(f"The agent in {folder} has {agent.action_dim} actions, {task} has {has}.")
+        seen = agent.world_model.config.observation
+        seen.require(environments[0].spec.observation, f"The agent in {folder}", f"the task {task}")
         policy = GuidedPolicy(agent.world_model.config, agent.config, agent.action_dim, len(environments))
         policy.load_tensors(agent.acting_tensors())
         played = parts.play(environments, policy, "policy", episodes, seed + SEED)

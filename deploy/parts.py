@@ -142,7 +142,9 @@ def guided_policy(about: Architecture, envs: int, prior: bool = True) -> GuidedP
     from gsa.agent.policy import GuidedPolicy
     from gsa.agent.prior_actor import PriorActor
 
-    cloned = PriorActor(about.prior, about.action_dim) if prior and about.prior is not None else None
+    cloned = None
+    if prior and about.prior is not None:
+        cloned = PriorActor(about.prior, about.action_dim, about.model.observation)
     return GuidedPolicy(about.model, about.behaviour, about.action_dim, envs, cloned)
 
 

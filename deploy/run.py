@@ -15,7 +15,7 @@ from deploy import parts, stages
 from deploy.config import FinetuneConfig
 from deploy.progress import bar, console
 from gsa import config as configs
-from gsa.agent.sizes import WorldModelConfig, preset
+from gsa.agent.sizes import ObservationConfig, WorldModelConfig, preset
 from gsa.errors import UsageError
 from retrieval.files import replace_file
 from retrieval.store import TrajectoryStore
@@ -67,16 +67,19 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
         config.replay(env.spec.action_repeat, env.episode_steps)
         if not config.uses_pool:
             size = preset(config.model)
-            architecture = replace(size.world_model, max_action_dim=config.max_action_dim)
+            architecture = replace(
+                size.world_model, max_action_dim=config.max_action_dim,
+                observation=ObservationConfig.of(env.spec.observation),
+            )  # fmt: skip
             launch()
             _begin(config, run, architecture, config.model, env.spec.action_dim)
             return run
         assert config.store is not None and config.world_model is not None
         model = stages.load_world_model(config.world_model)
-        stages.require_fits(model, env.spec.action_dim, env.task.name)
+        stages.require_fits(model, env.spec, f"the task {env.task.name}")
         store = stack.enter_context(TrajectoryStore.open(config.store))
         if config.rehearses:
-            stages.require_embodiment(store, env)
+            stages.require_embodiment(store, env, model)
         size_name = stages.size_of(model)
         launch()
         _begin(config, run, model.config, size_name, env.spec.action_dim)
@@ -91,9 +94,8 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
 
             with stage(run, "clone prior"), bar("clone") as progress:
                 cache = config.world_model / "priors"
-                clone_prior(store, found.rows, preset(size_name).prior, config.clone, cache, progress).save(
-                    run / "prior"
-                )
+                network, seen = preset(size_name).prior, model.config.observation
+                clone_prior(store, found.rows, network, config.clone, cache, progress, seen).save(run / "prior")
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from deploy.progress import bar, console
 from gsa.agent.sizes import PRESETS, preset
 from gsa.errors import SpecMismatch, UsageError
+from gsa.schema import Spec
 from learner.config import PretrainConfig
 from retrieval.index import FeatureIndex
 from retrieval.retriever import RehearsalSet, random_rehearsal
@@ -48,9 +50,10 @@ def retrieve(command: Retrieve) -> int:
     from actors.environment import make
 
     with TrajectoryStore.open(command.store) as store, make(command.task, command.render, command.imports) as env:
-        require_embodiment(store, env)
-        kind = "random" if command.random else "nearest"
         model = load_world_model(command.world_model)
+        require_fits(model, env.spec, f"the task {env.task.name}")
+        require_embodiment(store, env, model)
+        kind = "random" if command.random else "nearest"
         command.out.mkdir(parents=True, exist_ok=True)
         found = rehearse(
             store, command.world_model, model, env, kind, command.k, command.queries, command.seed, command.out
@@ -102,12 +105,13 @@ def open_index(store: TrajectoryStore, folder: Path, model: WorldModel) -> Featu
 
 
 def encoder(model: WorldModel) -> Any:
-    """First frames {"pixels": [N, 64, 64, 3]} to features [N, D]."""
+    """First observations, name → [N, …], to features [N, D]."""
     import torch
 
     @torch.inference_mode()
     def encode(observation: dict[str, np.ndarray]) -> np.ndarray:
-        return model.encode(torch.from_numpy(np.ascontiguousarray(observation["pixels"]))).float().cpu().numpy()
+        seen = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in observation.items()}
+        return model.encode(seen).float().cpu().numpy()
 
     return encode
 
@@ -126,30 +130,37 @@ def rehearse(
     """The rehearsal set of a task, with rehearsal.json and contact_sheet.png in `out`."""
     from reports.sheets import contact_sheet
 
-    frames = np.stack([env.reset(QUERY_SEED + seed * 1000 + i)["pixels"] for i in range(queries)])
+    resets = [env.reset(QUERY_SEED + seed * 1000 + i) for i in range(queries)]
+    first = {name: np.stack([reset[name] for reset in resets]) for name in resets[0]}
     if kind == "random":
         found = random_rehearsal(store, k, env.spec.embodiment, seed)
     else:
-        features = encoder(model)({"pixels": frames})
+        features = encoder(model)(first)
         found = nearest(open_index(store, folder, model), features, k, env.spec.embodiment)
     if len(found.rows) < k:
         console.print(
             f"The store has {len(found.rows)} trajectories of {env.spec.embodiment}, fewer than the {k} asked for."
         )
     found.save(out / "rehearsal.json")
-    contact_sheet(out / "contact_sheet.png", frames, store, found)
+    contact_sheet(out / "contact_sheet.png", first["pixels"], store, found)
     return found
 
 
-def require_embodiment(store: TrajectoryStore, env: Any) -> None:
-    """Raises UsageError or SpecMismatch unless the store has trajectories that fit the task; warns of other pixels."""
+def require_embodiment(store: TrajectoryStore, env: Any, model: WorldModel) -> None:
+    """Raises UsageError or SpecMismatch unless the store has trajectories that fit the task; warns of other pixels.
+
+    What the world model does not see may differ.
+    """
     spec = store.specs.get(env.spec.embodiment)
     if spec is None:
         raise UsageError(
             f"{store.path} has nothing of {env.spec.embodiment}, which {env.task.name} needs; it has "
             f"{', '.join(sorted(store.specs)) or 'nothing'}."
         )
-    spec.require_same(env.spec, f"The store {store.path}", f"the task {env.task.name}")
+    model.config.observation.require(spec.observation, "The world model", f"the store {store.path}")
+    replace(spec, observation=env.spec.observation).require_same(
+        env.spec, f"The store {store.path}", f"the task {env.task.name}"
+    )
     if spec.renderer and spec.renderer != env.spec.renderer:
         console.print(
             f"Warning: the pool's images are by '{spec.renderer}', the task's by '{env.spec.renderer}'.",
@@ -157,12 +168,13 @@ def require_embodiment(store: TrajectoryStore, env: Any) -> None:
         )
 
 
-def require_fits(model: WorldModel, action_dim: int, what: str) -> None:
-    """Raises SpecMismatch if the world model has too few action dimensions."""
-    if action_dim > model.config.max_action_dim:
+def require_fits(model: WorldModel, spec: Spec, what: str) -> None:
+    """Raises SpecMismatch if the world model has too few action dimensions, or sees what is not there."""
+    if spec.action_dim > model.config.max_action_dim:
         raise SpecMismatch(
-            f"{what} has {action_dim} actions; the world model takes at most {model.config.max_action_dim}."
+            f"The world model takes at most {model.config.max_action_dim} actions; {what} has {spec.action_dim}."
         )
+    model.config.observation.require(spec.observation, "The world model", what)
 
 
 def _sources(found: RehearsalSet) -> list[tuple[str, int]]:

@@ -1,4 +1,5 @@
-"""Cloning the prior actor from the rehearsal set (method, section 5): stacked frames to the action taken there.
+"""Cloning the prior actor from the rehearsal set (method, section 5): stacked frames, and vectors where the world
+model sees any, to the action taken there.
 
 <cache>/prior-<hash>/prior_actor.*    the result; the hash is of trajectories and settings
 <cache>/prior-<hash>/metrics.jsonl    training and validation loss; "frames" counts steps
@@ -16,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ from torch import Tensor
 from gsa import config as configs
 from gsa.agent import storage
 from gsa.agent.precision import autocast
-from gsa.agent.prior_actor import PriorActor, frame_stack, random_shift
-from gsa.agent.sizes import PriorConfig
+from gsa.agent.prior_actor import PriorActor, cameras, frame_stack, random_shift
+from gsa.agent.sizes import PIXELS, ObservationConfig, PriorConfig
 from gsa.errors import SpecMismatch, UsageError
 from gsa.metrics import Meter, Progress, RunLog
-from gsa.schema import SequenceRef
+from gsa.schema import SequenceRef, Spec
 from learner.checkpoint import Checkpoints
 from learner.compute import generator_for, set_up
 from learner.config import CloneConfig, OptimiserConfig
@@ -49,19 +50,21 @@ def clone_prior(
     config: CloneConfig,
     cache: str | Path,
     progress: Progress | None = None,
+    observation: ObservationConfig = PIXELS,
 ) -> PriorActor:
     """The prior actor of these trajectories: trained, or taken from `cache` where it was trained before.
 
     An interrupted training continues. The weights with the best validation loss, on trajectories held out, are the
-    result. Raises UsageError without trajectories, SpecMismatch where they are of several embodiments.
+    result. Raises UsageError without trajectories, SpecMismatch where they are of several embodiments or lack an
+    observation.
     """
     rows = _by_id(store, rows)
-    folder = prior_folder(store, rows, network, config, cache)
+    folder = prior_folder(store, rows, network, config, cache, observation)
     device = set_up(config.compute)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if not (folder / "prior_actor.json").exists():
-            Cloning(store, rows, network, config, folder, device).run(progress)
+            Cloning(store, rows, network, config, folder, device, observation).run(progress)
         return PriorActor.load(folder, device)
 
 
@@ -71,12 +74,22 @@ def prior_folder(
     network: PriorConfig,
     config: CloneConfig,
     cache: str | Path,
+    observation: ObservationConfig = PIXELS,
 ) -> Path:
     """Where the prior actor of these trajectories and settings is kept. The order of the rows does not matter."""
     settings = {k: v for k, v in configs.to_dict(config).items() if k not in ("compute", "checkpoint_every_s")}
     content = [(store.catalog.id(row), int(store.catalog.crc[row])) for row in _by_id(store, rows).tolist()]
-    key = json.dumps([VERSION, configs.to_dict(network), settings, content], sort_keys=True)
+    networks = [configs.to_dict(network), configs.to_dict(observation)]
+    key = json.dumps([VERSION, networks, settings, content], sort_keys=True)
     return Path(cache) / f"prior-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+class Steps(NamedTuple):
+    """N steps to clone. What the prior actor does not see has a last dimension of 0."""
+
+    frames: Tensor  # uint8 [N, 64, 64, 3·cameras·frames] up to the step
+    vectors: Tensor  # float32 [N, V] at the step
+    action: Tensor  # float32 [N, A] chosen there
 
 
 class Cloning:
@@ -84,10 +97,12 @@ class Cloning:
 
     def __init__(
         self, store: TrajectoryStore, rows: np.ndarray, network: PriorConfig, config: CloneConfig, folder: Path,
-        device: torch.device,
+        device: torch.device, observation: ObservationConfig = PIXELS,
     ) -> None:  # fmt: skip
         self.store, self.network, self.config, self.folder, self.device = store, network, config, folder, device
-        self.prior = PriorActor.create(network, _action_dim(store, rows), config.seed, device)
+        spec = _spec(store, rows)
+        observation.require(spec.observation, "The prior actor", f"the embodiment {spec.embodiment}")
+        self.prior = PriorActor.create(network, spec.action_dim, config.seed, device, observation)
         self.held_out, self.rows = split(rows, config.holdout, config.seed)
         self._sampler = SequenceSampler("pool", 2)  # two observations and the action between them
         self._sampler.extend(self.rows, store.catalog.length[self.rows])
@@ -107,7 +122,7 @@ class Cloning:
         batches = _ahead(self._batch, self.step)
         try:
             while self.step < config.steps and not self._stops_early():
-                loss = self._update(*next(batches))
+                loss = self._update(next(batches))
                 if self.step % config.evaluate_every == 0 or self.step == config.steps:
                     self._evaluate()
                     log.write(self.step, self._meter.stats())
@@ -125,26 +140,26 @@ class Cloning:
         """Of the present weights on the held-out steps, images not shifted; nan where nothing was held out."""
         if self._validation is None:
             return float("nan")
-        frames, actions = self._validation
-        total = 0.0
+        total, count = 0.0, len(self._validation.action)
         with torch.no_grad():
-            for chunk in torch.arange(len(frames)).split(self.config.batch):
-                predicted = self._act(frames[chunk].to(self.device))
-                total += cloning_loss(predicted, actions[chunk].to(self.device)).item() * len(chunk)
-        return total / len(frames)
+            for chunk in torch.arange(count).split(self.config.batch):
+                frames, vectors, action = (x[chunk].to(self.device) for x in self._validation)
+                total += cloning_loss(self._act(frames, vectors), action).item() * len(chunk)
+        return total / count
 
-    def _update(self, frames: Tensor, actions: Tensor) -> float:
+    def _update(self, steps: Steps) -> float:
         generator = generator_for(self.device, self.config.seed, self.step)
-        shifted = random_shift(frames.to(self.device), self.network.shift, generator)
-        metrics = self._optimiser.step(cloning_loss(self._act(shifted), actions.to(self.device)))
+        frames, vectors, action = (x.to(self.device) for x in steps)
+        predicted = self._act(random_shift(frames, self.network.shift, generator), vectors)
+        metrics = self._optimiser.step(cloning_loss(predicted, action))
         self.step += 1
         self._meter.mean({"loss": metrics["prior_loss"], "grad_norm": metrics["prior_grad_norm"]})
         self._meter.count("steps", rate=True)
         return metrics["prior_loss"]
 
-    def _act(self, frames: Tensor) -> Tensor:
+    def _act(self, frames: Tensor, vectors: Tensor) -> Tensor:
         with autocast(self.device, self.config.compute.precision):
-            return self.prior(frames)
+            return self.prior(frames, vectors)
 
     def _evaluate(self) -> None:
         """Measures, and keeps the weights if they are the best so far (or if nothing can tell)."""
@@ -171,20 +186,23 @@ class Cloning:
         """What always answering with the mean action would score on the held-out steps: to judge the other by."""
         if self._validation is None:
             return float("nan")
-        actions = self._validation[1]
+        actions = self._validation.action
         return cloning_loss(actions.mean(0).expand_as(actions), actions).item()
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, step: int) -> Steps:
         rng = np.random.default_rng([self.config.seed, step])
-        return cut_steps(self.store, self._sampler.draw(self.config.batch, rng), self.network.frames)
+        return self._cut(self._sampler.draw(self.config.batch, rng))
 
-    def _validation_set(self) -> tuple[Tensor, Tensor] | None:
+    def _cut(self, refs: Sequence[SequenceRef]) -> Steps:
+        return cut_steps(self.store, refs, self.network.frames, self.prior.observation)
+
+    def _validation_set(self) -> Steps | None:
         if not len(self.held_out):
             return None
         sampler = SequenceSampler("pool", 2)
         sampler.extend(self.held_out, self.store.catalog.length[self.held_out])
         rng = np.random.default_rng([self.config.seed, VALIDATION])
-        return cut_steps(self.store, sampler.draw(min(VALIDATION_STEPS, sampler.steps), rng), self.network.frames)
+        return self._cut(sampler.draw(min(VALIDATION_STEPS, sampler.steps), rng))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -208,16 +226,18 @@ def cloning_loss(predicted: Tensor, actions: Tensor) -> Tensor:
     return (predicted.float() - actions).square().mean()
 
 
-def cut_steps(store: TrajectoryStore, refs: Sequence[SequenceRef], frames: int) -> tuple[Tensor, Tensor]:
-    """Stacked frames uint8 [N, 64, 64, 3·frames] up to each ref's first observation, and the actions [N, A] chosen
-    there."""
-    stacks, actions = [], []
+def cut_steps(
+    store: TrajectoryStore, refs: Sequence[SequenceRef], frames: int, observation: ObservationConfig = PIXELS
+) -> Steps:
+    """The step at each ref's first observation."""
+    stacks, vectors, actions = [], [], []
     for ref in refs:
         first = max(ref.start - frames + 1, 0)
         views = store.slice(ref.trajectory, first, ref.start + 2)
-        stacks.append(frame_stack(views["pixels"], np.array([ref.start - first]), frames)[0])
+        stacks.append(frame_stack(cameras(views, observation), np.array([ref.start - first]), frames)[0])
+        vectors.append(np.concatenate([np.zeros(0, np.float32), *(views[k][-2] for k, _ in observation.vectors)]))
         actions.append(views["action"][-1])
-    return torch.from_numpy(np.stack(stacks)), torch.from_numpy(np.stack(actions))
+    return Steps(*(torch.from_numpy(np.stack(x)) for x in (stacks, vectors, actions)))
 
 
 def split(rows: np.ndarray, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,11 +257,11 @@ def _by_id(store: TrajectoryStore, rows: Sequence[int] | np.ndarray) -> np.ndarr
     return np.array(unique, np.int64)
 
 
-def _action_dim(store: TrajectoryStore, rows: np.ndarray) -> int:
+def _spec(store: TrajectoryStore, rows: np.ndarray) -> Spec:
     specs = {store.spec(row).embodiment: store.spec(row) for row in rows.tolist()}
     if len(specs) > 1:
         raise SpecMismatch(f"One prior actor cannot clone several embodiments: {', '.join(sorted(specs))}.")
-    return next(iter(specs.values())).action_dim
+    return next(iter(specs.values()))
 
 
 def _ahead(make: Callable[[int], Any], first: int) -> Generator[Any, None, None]:

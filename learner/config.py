@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from gsa.agent.sizes import Precision, WorldModelConfig, preset
+from gsa.agent.sizes import PIXELS, ObservationConfig, Precision, WorldModelConfig, preset
 from gsa.errors import UsageError
 
 
@@ -44,6 +44,7 @@ class PretrainConfig:
 
     model: str = "small"  # a size: tiny, small, reference-small, paper
     max_action_dim: int = 21  # actions of fewer dimensions are padded with zeros
+    observe: tuple[str, ...] = ()  # images and vectors to see, by name; default: all that the embodiments share
     updates: int = 200_000
     batch: int = 16  # sequences
     length: int = 64  # observation rows a sequence
@@ -63,10 +64,12 @@ class PretrainConfig:
             raise UsageError(f"strip_context {self.strip_context} leaves nothing to predict of {self.length} rows.")
         self.world_model()
 
-    def world_model(self) -> WorldModelConfig:
+    def world_model(self, observation: ObservationConfig = PIXELS) -> WorldModelConfig:
         """The model that is trained. Raises UsageError for an unknown size."""
-        sizes = preset(self.model).world_model
-        return replace(sizes, max_action_dim=self.max_action_dim, precision=self.compute.precision)
+        return replace(
+            preset(self.model).world_model, max_action_dim=self.max_action_dim, precision=self.compute.precision,
+            observation=observation,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

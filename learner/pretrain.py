@@ -17,6 +17,7 @@ import numpy as np
 
 from gsa import config as configs
 from gsa.agent import storage
+from gsa.agent.sizes import ObservationConfig
 from gsa.agent.world_model import TensorBatch, WorldModel
 from gsa.errors import UsageError
 from gsa.metrics import Meter, Progress, RunLog
@@ -25,7 +26,7 @@ from learner.compute import generator_for, set_up, to_floats
 from learner.config import PretrainConfig
 from learner.optimiser import Optimiser
 from learner.strip import save_strip
-from replay_service.batches import PoolBatches
+from replay_service.batches import PoolBatches, shared_observation, specs_of
 from retrieval.store import TrajectoryStore
 
 MAY_CHANGE = ("updates", "compute", "log_every", "checkpoint_every", "keep", "strip_context")  # on a resume
@@ -60,18 +61,18 @@ class Pretraining:
         _require_same(out, config)
         self.store, self.config, self.out = store, config, out
         self.device = set_up(config.compute)
-        self.model = WorldModel.create(config.world_model(), config.seed, self.device)
-        self.updates = 0
-        self._optimiser = Optimiser("world_model", self.model.named_parameters(), config.optimiser)
         self._checkpoints = Checkpoints(out / "checkpoints", config.keep)
         restored = self._checkpoints.load()
-        rows = store.rows()
+        rows = store.rows() if restored is None else self._rows_as_they_were(restored.state)
+        observation = what_is_seen(store, rows, config)
+        self.model = WorldModel.create(config.world_model(observation), config.seed, self.device)
+        self.updates = 0
+        self._optimiser = Optimiser("world_model", self.model.named_parameters(), config.optimiser)
         if restored is not None:
-            rows = self._rows_as_they_were(restored.state)
             self._restore(restored.state)
         self._trajectories = len(rows)
         self._batches = PoolBatches(
-            store, config.batch, config.length, config.max_action_dim, config.seed, rows, buffers=2
+            store, config.batch, config.length, config.max_action_dim, config.seed, rows, 2, observation.specs()
         )
         if restored is not None:
             self._batches.restore(restored.state["batches"])
@@ -149,6 +150,13 @@ class Pretraining:
                 f"Continue on its own store, or give another folder."
             )
         return self.store.rows()[: int(state["trajectories"])]
+
+
+def what_is_seen(store: TrajectoryStore, rows: np.ndarray, config: PretrainConfig) -> ObservationConfig:
+    """Of what all embodiments observe under one name and in one size: what is asked for, or all of it."""
+    if not len(rows):
+        raise UsageError(f"The store {store.path} has no trajectories to train on; ingest some first.")
+    return ObservationConfig.of(shared_observation(specs_of(store, rows), config.max_action_dim), config.observe)
 
 
 def _require_same(out: Path, config: PretrainConfig) -> None:

@@ -94,7 +94,8 @@ def shared_observation(specs: Iterable[Spec], max_action_dim: int) -> dict[str, 
             raise SpecMismatch(f"{spec.embodiment} has {spec.action_dim} actions; the model takes {max_action_dim}.")
     shared = set.intersection(*(set(s.observation.items()) for s in specs)) if specs else set()
     if not shared:
-        raise SpecMismatch(f"No observation is common to {', '.join(s.embodiment for s in specs) or 'an empty store'}.")
+        have = "; ".join(f"{s.embodiment} has {', '.join(s.observation)}" for s in specs) or "an empty store has none"
+        raise SpecMismatch(f"No observation of one name and size is common to all embodiments: {have}.")
     return dict(sorted(shared))
 
 
@@ -194,12 +195,13 @@ class PoolBatches(Iterator[Batch]):
     """Endless batches from one store, uniform over start positions; the next one is cut while one is used.
 
     Batch i depends on the seed and i alone, so that `state()` is a number. With `buffers` = n ≥ 2 arrays are
-    reused: a batch is overwritten when the (n−1)-th after it is asked for.
+    reused: a batch is overwritten when the (n−1)-th after it is asked for. Without an `observation` to read, what the
+    embodiments share is read.
     """
 
     def __init__(
         self, store: TrajectoryStore, batch: int, length: int, max_action_dim: int, seed: int,
-        rows: np.ndarray | None = None, buffers: int = 0,
+        rows: np.ndarray | None = None, buffers: int = 0, observation: Mapping[str, ArraySpec] | None = None,
     ) -> None:  # fmt: skip
         if buffers == 1 or buffers < 0:
             raise UsageError("Batches need no buffers or at least 2: one is cut while one is used.")
@@ -210,7 +212,8 @@ class PoolBatches(Iterator[Batch]):
         if len(rows) == 0:
             raise UsageError(f"The store {store.path} has no trajectories to train on; ingest some first.")
         self._sampler.extend(rows, store.catalog.length[rows])
-        self._observation = shared_observation(specs_of(store, rows), max_action_dim)
+        shared = shared_observation(specs_of(store, rows), max_action_dim)
+        self._observation = shared if observation is None else observation
         self._buffers = [self._empty() for _ in range(buffers)]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pool-batches")
         self._cut = 0  # batches handed out

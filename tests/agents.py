@@ -55,6 +55,10 @@ class Slow:
     def dense(self, name, x):
         return F.silu(self.norm(f"{name}.1", self.linear(f"{name}.0", x)))
 
+    def dense_at(self, i, x):
+        """The dense layer whose linear map is number `i` of the whole part."""
+        return F.silu(self.norm(str(i + 1), self.linear(str(i), x)))
+
     def channel_norm(self, name, x):
         return self.norm(name, x.movedim(1, -1), eps=1e-3).movedim(-1, 1)
 
@@ -68,7 +72,7 @@ class Slow:
         return x.flatten(1)
 
     def decode(self, deter, stoch):
-        """[N, 3, 64, 64] in [-0.5, 0.5]."""
+        """[N, 3·cameras, 64, 64] in [-0.5, 0.5]."""
         deter = F.silu(self.norm("deter.1", self.block_linear("deter.0", deter)))
         x = self.linear("deter.3", deter) + self.linear("stoch.3", self.dense("stoch", stoch))
         x = F.conv_transpose2d(x[:, :, None, None], self.w["first.weight"], self.w["first.bias"], stride=2)

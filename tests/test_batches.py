@@ -242,5 +242,5 @@ def test_refuses_what_does_not_fit(stores, tmp_path):
     with TrajectoryStore.create(tmp_path / "empty") as empty, pytest.raises(UsageError, match="no trajectories"):
         PoolBatches(empty, 2, LENGTH, ACTION_DIM, seed=0)
     state = Spec("toy/c", {"state": ArraySpec((3,), "float32")}, 2)
-    with pytest.raises(SpecMismatch, match="common to toy/a, toy/c"):
+    with pytest.raises(SpecMismatch, match="common to all embodiments: toy/a has pixels; toy/c has state"):
         shared_observation([SPECS[0], state], ACTION_DIM)

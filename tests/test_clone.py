@@ -59,16 +59,17 @@ def test_it_finds_what_the_trajectories_do(tmp_path):
 def test_the_stack_ends_at_the_frame_the_action_was_chosen_on(store, start):
     """Oracle written out: three frames up to t, the first repeated before it; the action of step t."""
     trajectory = store.read(3)
-    frames, actions = cut_steps(store, [SequenceRef("pool", 3, start, start + 2)], 3)
+    frames, vectors, actions = cut_steps(store, [SequenceRef("pool", 3, start, start + 2)], 3)
     rows = [max(start - 2, 0), max(start - 1, 0), start]
     expected = np.concatenate([trajectory.observation["pixels"][t] for t in rows], -1)
     assert np.array_equal(frames[0].numpy(), expected)
+    assert vectors.shape == (1, 0)
     assert np.array_equal(actions[0].numpy(), trajectory.action[start])
 
 
 def test_the_last_step_can_be_drawn(store):
     trajectory = store.read(0)
-    _, actions = cut_steps(store, [SequenceRef("pool", 0, len(trajectory) - 1, len(trajectory) + 1)], 3)
+    *_, actions = cut_steps(store, [SequenceRef("pool", 0, len(trajectory) - 1, len(trajectory) + 1)], 3)
     assert np.array_equal(actions[0].numpy(), trajectory.action[-1])
 
 

@@ -67,7 +67,8 @@ def test_actions_equal_the_models_own_filter_on_the_actions_executed(agent, prio
     model = agent.world_model
     with torch.no_grad():
         states = rssm.scan(
-            model.cell, model.posterior, model.encode(torch.from_numpy(pixels[None, :, 0])), torch.from_numpy(previous),
+            model.cell, model.posterior, model.encode({"pixels": torch.from_numpy(pixels[None, :, 0])}),
+            torch.from_numpy(previous),
             torch.zeros(1, 6, dtype=torch.bool), torch.from_numpy(np.stack(uniform)[None]), MODEL.unimix,
         )  # fmt: skip
         mean, std = (x[0].numpy() for x in agent.actor(states.state))
@@ -195,7 +196,7 @@ def test_what_cannot_be_done_is_said(agent, prior):
     with pytest.raises(SpecMismatch, match="2 action dimensions, the task 3"):
         GuidedPolicy(MODEL, BEHAVIOUR, 3, 1, prior)
     for image in (np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 64, 64, 3), np.float32), frames(1, 2)[0]):
-        with pytest.raises(SpecMismatch, match="pixels of"):
+        with pytest.raises(SpecMismatch, match="The policy sees pixels"):
             guided(agent).act({"pixels": image}, who(2), rngs(0))
 
 

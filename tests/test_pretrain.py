@@ -160,14 +160,16 @@ def test_open_loop_predictions_see_actions_and_nothing_else(store):
     data = TensorBatch.from_batch(cut({"pool": store}, strip_refs(store, 8), 8, 3))
 
     def run(**changes):
-        return open_loop(model, dataclasses.replace(data, **changes), 3, generator_for(model.device, 0, 0))
+        pixels = {"pixels": changes.pop("pixels", data.observation["pixels"])}
+        changed = dataclasses.replace(data, observation=pixels, **changes)
+        return open_loop(model, changed, 3, generator_for(model.device, 0, 0))["pixels"]
 
     plain = run()
     assert plain.shape == (2, 8, 64, 64, 3)
-    future = data.pixels.clone()
+    future = data.observation["pixels"].clone()
     future[:, 3:] = 255 - future[:, 3:]
     assert np.array_equal(run(pixels=future), plain)
-    past, actions = data.pixels.clone(), data.previous_action.clone()
+    past, actions = data.observation["pixels"].clone(), data.previous_action.clone()
     past[:, :3] = 255 - past[:, :3]
     actions[:, 3:, 0] = 1.0
     assert not np.array_equal(run(pixels=past)[:, 3:], plain[:, 3:])

@@ -29,7 +29,8 @@ def model64(seed=0, **changes):
 def batch64(seed=0, **changes):
     batch = TensorBatch.from_batch(noise_batch(np.random.default_rng(seed)))
     floats = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return TensorBatch(**{k: v.double() if v.is_floating_point() else v for k, v in floats.items()} | changes)
+    doubles = {k: v.double() if k != "observation" and v.is_floating_point() else v for k, v in floats.items()}
+    return TensorBatch(**doubles | changes)
 
 
 def slow_loss(slow, batch, uniform):
@@ -42,12 +43,14 @@ def slow_loss(slow, batch, uniform):
         keep = 1 - batch.is_first[:, i : i + 1].double()
         deter, stoch = states[-1] if i else (torch.zeros(b, c.deter).double(), torch.zeros(b, c.latent).double())
         deter = slow.part("cell").cell(deter * keep, stoch * keep, batch.previous_action[:, i] * keep)
-        seen = slow.part("encoder").encode(batch.pixels[:, i])
+        seen = slow.part("encoder").encode(batch.observation["pixels"][:, i])
         posterior = slow.part("posterior").head(torch.cat([deter, seen], -1))
         prior = slow.part("prior").head(deter, 2)
         stoch = slow.sample(posterior, uniform[:, i])
         states.append((deter, stoch))
-        error = slow.part("decoder").decode(deter, stoch) - (batch.pixels[:, i].movedim(-1, 1).double() / 255 - 0.5)
+        error = slow.part("decoder").decode(deter, stoch) - (
+            batch.observation["pixels"][:, i].movedim(-1, 1).double() / 255 - 0.5
+        )
         recon[:, i] = error.square().sum((1, 2, 3))
         q, p = slow.probs(posterior), slow.probs(prior)
         dyn[:, i] = (q.detach() * (q.detach() / p).log()).sum((1, 2))
@@ -80,7 +83,7 @@ def test_a_reset_within_a_sequence_starts_the_latent_and_the_action_anew():
     is_first = batch.is_first.clone()
     is_first[1, 3] = True
     batch = dataclasses.replace(batch, is_first=is_first)
-    features = model.encode(batch.pixels)
+    features = model.encode(batch.observation)
     states = model.observe(features, batch.previous_action, is_first, generator(3))
     uniform = torch.rand(*is_first.shape, MODEL.stoch, generator=generator(3), dtype=torch.float64)
     _, expected = slow_loss(Slow(leaves(model)), batch, uniform)
@@ -116,11 +119,13 @@ def test_encoder_and_decoder_equal_plain_convolutions_on_pixels():
         model.decoder.last.weight.mul_(10)  # some pixels beyond black and white
     slow = Slow(leaves(model))
     pixels = torch.as_tensor(rng.integers(0, 256, (2, 3, 64, 64, 3), dtype=np.uint8))
-    torch.testing.assert_close(model.encode(pixels).flatten(0, 1), slow.part("encoder").encode(pixels.flatten(0, 1)))
+    torch.testing.assert_close(
+        model.encode({"pixels": pixels}).flatten(0, 1), slow.part("encoder").encode(pixels.flatten(0, 1))
+    )
     deter, stoch = torch.randn(4, MODEL.deter).double(), torch.randn(4, MODEL.latent).double()
     image = slow.part("decoder").decode(deter, stoch).movedim(1, -1)
     torch.testing.assert_close(from_patches(model.decoder(deter, stoch)) + OFFSET, image)
-    shown = model.decode(State(deter, stoch))
+    shown = model.decode(State(deter, stoch))["pixels"]
     assert shown.dtype == torch.uint8
     assert image.abs().max() > 0.6
     assert (shown.double() - ((image + 0.5) * 255).clamp(0, 255)).abs().max() <= 0.5 + 1e-6
@@ -153,10 +158,12 @@ def test_rows_after_the_end_change_neither_loss_nor_gradient():
     loss, *_ = model.loss(batch, generator())
     loss.backward()
     gradient = model.encoder.first.weight.grad.clone()
-    pixels, action = batch.pixels.clone(), batch.previous_action.clone()
+    pixels, action = batch.observation["pixels"].clone(), batch.previous_action.clone()
     pixels[~batch.valid], action[~batch.valid] = 0, 1
     model.zero_grad()
-    other, *_ = model.loss(dataclasses.replace(batch, pixels=pixels, previous_action=action), generator())
+    other, *_ = model.loss(
+        dataclasses.replace(batch, observation={"pixels": pixels}, previous_action=action), generator()
+    )
     other.backward()
     assert other.item() == loss.item()
     torch.testing.assert_close(model.encoder.first.weight.grad, gradient, rtol=1e-12, atol=0)
@@ -266,8 +273,10 @@ def test_unknown_and_impossible_sizes_say_what_is_possible():
 def test_foreign_observations_and_actions_are_refused_by_name():
     batch = noise_batch(np.random.default_rng(0))
     state = dataclasses.replace(batch, observation={"state": np.zeros((3, 5, 7), np.float32)})
-    with pytest.raises(SpecMismatch, match=r"state.*\[7\] float32"):
-        TensorBatch.from_batch(state)
+    with pytest.raises(
+        SpecMismatch, match=r"sees pixels \[3, 5, 64, 64, 3\] uint8; the batch has state \[3, 5, 7\] float32"
+    ):
+        WorldModel.create(MODEL, 0).loss(TensorBatch.from_batch(state), generator())
     model = WorldModel.create(dataclasses.replace(MODEL, max_action_dim=6), 0)
     with pytest.raises(SpecMismatch, match="max_action_dim 6"):
         model.loss(TensorBatch.from_batch(batch), generator())

@@ -22,7 +22,7 @@ from gsa.agent.world_model import TensorBatch, WorldModel, masked_mean
 from gsa.errors import SpecMismatch
 
 KIND = "behaviour"
-ACTING = ("encoder", "cell", "posterior")  # the parts of a world model that acting needs
+ACTING = ("encoder", "vector_encoder", "cell", "posterior")  # the parts of a world model that acting needs
 
 
 class Imagination(NamedTuple):
@@ -114,7 +114,7 @@ class Agent(nn.Module):
     def acting_tensors(self) -> dict[str, np.ndarray]:
         """Copies of the weights that acting needs, by name, float32: what is published."""
         modules = {k: getattr(self.world_model, k) for k in ACTING} | {"actor": self.actor}
-        state = nn.ModuleDict(modules).state_dict()
+        state = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).state_dict()
         return {k: v.detach().to("cpu", torch.float32, copy=True).numpy() for k, v in state.items()}
 
     def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from gsa.agent import observation as observations
 from gsa.agent import rssm, storage
 from gsa.agent.agent import Agent
 from gsa.agent.behaviour import Actor
-from gsa.agent.prior_actor import PriorActor
+from gsa.agent.prior_actor import PriorActor, cameras
 from gsa.agent.rssm import State
 from gsa.agent.sizes import IMAGE_SHAPE, BehaviourConfig, WorldModelConfig
-from gsa.agent.vision import Encoder
 from gsa.errors import SpecMismatch, UsageError
 from gsa.schema import Controller
 
@@ -33,23 +33,28 @@ class GuidedPolicy:
     ) -> None:  # fmt: skip
         if prior is not None and prior.action_dim != action_dim:
             raise SpecMismatch(f"The prior actor has {prior.action_dim} action dimensions, the task {action_dim}.")
+        if prior is not None:
+            prior.observation.require(model.observation.specs(), "The prior actor", "the world model")
         self.model, self.action_dim, self.envs = model, action_dim, envs
         self.prior = None if prior is None else prior.cpu().eval().requires_grad_(False)
-        self.encoder = Encoder(IMAGE_SHAPE[-1], model.depth)
+        self.encoder, self.vector_encoder = observations.encoders(model)
         self.cell = rssm.RecurrentCell(
             model.deter, model.latent, model.max_action_dim, model.hidden, model.blocks, model.gates
         )
         self.posterior = rssm.Head(model.deter + model.features, model.hidden, 1, model.stoch, model.classes)
         self.actor = Actor(model, behaviour, action_dim)
-        modules = {"encoder": self.encoder, "cell": self.cell, "posterior": self.posterior, "actor": self.actor}
-        self._nets = nn.ModuleDict(modules).requires_grad_(False)
+        names = ("encoder", "vector_encoder", "cell", "posterior", "actor")
+        modules = {name: getattr(self, name) for name in names}
+        self._nets = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).requires_grad_(False)
         self._transition = rssm.Transition(self.cell)
         self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
         self._previous_action = torch.zeros(envs, model.max_action_dim)
         self._frames: np.ndarray | None = None
         self._fresh = np.ones(envs, bool)
+        self._vectors: np.ndarray | None = None
         if prior is not None:
-            self._frames = np.zeros((envs, *IMAGE_SHAPE[:2], prior.config.frames, IMAGE_SHAPE[2]), np.uint8)
+            channels = prior.observation.channels
+            self._frames = np.zeros((envs, *IMAGE_SHAPE[:2], prior.config.frames, channels), np.uint8)
 
     def load_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes over published weights between two steps; latents stay. All of them are checked before any is copied.
@@ -82,16 +87,14 @@ class GuidedPolicy:
     ) -> np.ndarray:  # fmt: skip
         """One action for each environment: float32 [E, A] in [-1, 1].
 
-        observation["pixels"] uint8 [E, 64, 64, 3]; controller [E] of Controller: who chooses; rngs: E generators.
+        observation: name → uint8 [E, 64, 64, 3] or float32 [E, V]; what the model does not see is ignored, and what it
+        lacks is a SpecMismatch. controller [E] of Controller: who chooses; rngs: E generators.
         The policy samples, or acts by its mean without `sample`. The filter sees every observation and assumes that
         what is returned is executed.
         """
-        pixels = observation["pixels"]
-        if pixels.shape != (self.envs, *IMAGE_SHAPE) or pixels.dtype != np.uint8:
-            raise SpecMismatch(
-                f"The policy sees pixels of {[self.envs, *IMAGE_SHAPE]} uint8, not {list(pixels.shape)} {pixels.dtype}."
-            )
-        self._filter(pixels, rngs)
+        self.model.observation.require(observation, "The policy", "the observation", (self.envs,))
+        self._filter(observation, rngs)
+        self._remember(observation)
         action = np.zeros((self.envs, self.action_dim), np.float32)
         for who, choose in (
             (Controller.RANDOM, self._random), (Controller.PRIOR, self._prior), (Controller.POLICY, self._policy),
@@ -108,18 +111,28 @@ class GuidedPolicy:
         """Tells the filter what was executed [E, A], where that is not what `act` returned: a person took over."""
         self._previous_action[:, : self.action_dim] = torch.from_numpy(action)
 
-    def _filter(self, pixels: np.ndarray, rngs: Sequence[np.random.Generator]) -> None:
+    def _filter(self, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]) -> None:
         uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])
-        features = self.encoder(torch.from_numpy(_writable(pixels)))
+        seen = {name: torch.from_numpy(_writable(observation[name])) for name in self.model.observation.names}
+        inputs = observations.prepare(self.model.observation, seen)
+        features = observations.encode(self.encoder, self.vector_encoder, inputs)
         self.state = rssm.filter_step(
             self._transition, self.posterior, self.state, self._previous_action, features,
             torch.from_numpy(uniform), self.model.unimix,
         )  # fmt: skip
-        if self._frames is not None:
-            self._frames[:, :, :, :-1] = self._frames[:, :, :, 1:]
-            self._frames[:, :, :, -1] = pixels
-            self._frames[self._fresh] = pixels[self._fresh, :, :, None]
-            self._fresh[:] = False
+
+    def _remember(self, observation: Mapping[str, np.ndarray]) -> None:
+        """Keeps what the prior actor sees: the last frames and the present vectors."""
+        if self.prior is None or self._frames is None:
+            return
+        seen = self.prior.observation
+        pixels = cameras(observation, seen)
+        self._frames[:, :, :, :-1] = self._frames[:, :, :, 1:]
+        self._frames[:, :, :, -1] = pixels
+        self._frames[self._fresh] = pixels[self._fresh, :, :, None]
+        if seen.vectors:
+            self._vectors = np.concatenate([observation[name] for name, _ in seen.vectors], -1)
+        self._fresh[:] = False
 
     def _random(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
         return np.stack([rngs[e].uniform(-1, 1, self.action_dim) for e in rows]).astype(np.float32)
@@ -127,7 +140,9 @@ class GuidedPolicy:
     def _prior(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
         if self.prior is None or self._frames is None:
             raise UsageError("The schedule asks for the prior actor, and this policy was made without one.")
-        return self.prior(torch.from_numpy(self._frames[rows].reshape(len(rows), *IMAGE_SHAPE[:2], -1))).numpy()
+        frames = torch.from_numpy(self._frames[rows]).flatten(3)
+        vectors = None if self._vectors is None else torch.from_numpy(self._vectors[rows])
+        return self.prior(frames, vectors).numpy()
 
     def _policy(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
         mean, std = (x.numpy() for x in self.actor(State(*(x[rows] for x in self.state))))
@@ -146,10 +161,15 @@ class Policy:
         self.action_dim = agent.action_dim
 
     def act(self, observation: Mapping[str, np.ndarray] | np.ndarray, sample: bool = False) -> np.ndarray:
-        """float32 [A] in [-1, 1] for {"pixels": uint8 [64, 64, 3]} or the image itself."""
-        pixels = observation["pixels"] if isinstance(observation, Mapping) else observation
-        controller = np.array([Controller.POLICY], np.uint8)
-        return self._policy.act({"pixels": np.asarray(pixels)[None]}, controller, self._rngs, sample)[0]
+        """float32 [A] in [-1, 1] for what the world model sees: name → uint8 [64, 64, 3] or floats [V].
+
+        An image alone will do where it sees nothing else. Raises SpecMismatch, naming both sides.
+        """
+        if not isinstance(observation, Mapping):
+            observation = {self._policy.model.observation.names[0]: observation}
+        seen = {k: np.asarray(v)[None] for k, v in observation.items()}
+        seen = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in seen.items()}
+        return self._policy.act(seen, np.array([Controller.POLICY], np.uint8), self._rngs, sample)[0]
 
     def reset(self) -> None:
         self._policy.begin(0)

@@ -5,18 +5,102 @@ Axis letters: D deterministic state, Z = stoch·classes stochastic state, A acti
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from gsa.errors import UsageError, unknown
+from gsa.errors import SpecMismatch, UsageError, unknown
+from gsa.schema import ArraySpec
 
-IMAGE_SHAPE = (64, 64, 3)  # [height, width, channel] uint8 of every observation the agent sees
+IMAGE_SHAPE = (64, 64, 3)  # [height, width, channel] uint8 of every image the agent sees
 Precision = Literal["float32", "bfloat16", "auto"]
+
+
+class ArrayLike(Protocol):
+    """An array, a tensor or an ArraySpec."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ObservationConfig:
+    """What the networks see of an observation: images of 64×64 RGB and vectors, by name."""
+
+    images: tuple[str, ...] = ("pixels",)  # uint8 [64, 64, 3] each
+    vectors: tuple[tuple[str, int], ...] = ()  # name and length of each
+
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise UsageError(f"A model sees at least one observation, each once; not {list(self.names)}.")
+
+    @classmethod
+    def of(cls, observation: Mapping[str, ArraySpec], only: Collection[str] = ()) -> ObservationConfig:
+        """All of an embodiment's observation, or what is named in `only`.
+
+        Raises UsageError for a name that is not there, SpecMismatch for what no network sees: images of another size,
+        arrays that are no vectors.
+        """
+        for name in only:
+            if name not in observation:
+                raise unknown("observation", name, observation)
+        chosen = {k: v for k, v in sorted(observation.items()) if k in (only or observation)}
+        for name, spec in chosen.items():
+            if spec.shape != IMAGE_SHAPE and (len(spec.shape) != 1 or spec.dtype != "float32"):
+                raise SpecMismatch(
+                    f"The observation '{name}' is {_describe(spec)}; the networks see images of {list(IMAGE_SHAPE)} "
+                    f"uint8 and float32 vectors: resize it when it is ingested, or leave it out by naming the others."
+                )
+        images = tuple(k for k, v in chosen.items() if v.is_image)
+        return cls(images, tuple((k, v.shape[0]) for k, v in chosen.items() if not v.is_image))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.images, *(name for name, _ in self.vectors))
+
+    @property
+    def channels(self) -> int:
+        """Of all images together: they are laid side by side along their channels."""
+        return IMAGE_SHAPE[-1] * len(self.images)
+
+    @property
+    def length(self) -> int:
+        """Of all vectors together."""
+        return sum(length for _, length in self.vectors)
+
+    def specs(self) -> dict[str, ArraySpec]:
+        images = {name: ArraySpec(IMAGE_SHAPE, "uint8") for name in self.images}
+        return images | {name: ArraySpec((length,), "float32") for name, length in self.vectors}
+
+    def require(self, found: Mapping[str, ArrayLike], ours: str, theirs: str, lead: tuple[int, ...] = ()) -> None:
+        """Raises SpecMismatch, naming both sides, unless all that is seen is in `found`: specs, arrays or tensors with
+        leading dimensions `lead`. What is there beside it is ignored, and so is how wide a float is."""
+        wanted = {k: ((*lead, *v.shape), v.dtype.rstrip("32")) for k, v in self.specs().items()}
+        for name, (shape, kind) in wanted.items():
+            value = found.get(name)
+            if value is None or tuple(value.shape) != shape or not _dtype(value).startswith(kind):
+                seen = ", ".join(f"{k} {list(shape)} {kind}" for k, (shape, kind) in wanted.items())
+                there = ", ".join(f"{k} {_describe(v)}" for k, v in found.items()) or "nothing"
+                raise SpecMismatch(f"{ours} sees {seen}; {theirs} has {there}: '{name}' does not fit.")
+
+
+PIXELS = ObservationConfig()  # the paper's case
+
+
+def _dtype(value: ArrayLike) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _describe(value: ArrayLike) -> str:
+    return f"{list(value.shape)} {_dtype(value)}"
 
 
 @dataclass(frozen=True)
 class WorldModelConfig:
-    """A block RSSM on 64×64 RGB images."""
+    """A block RSSM on images and vectors."""
 
     deter: int  # D
     hidden: int
@@ -32,6 +116,7 @@ class WorldModelConfig:
     dyn_scale: float = 1.0
     rep_scale: float = 0.1
     precision: Precision = "auto"  # of matrix products; weights and statistics stay float32
+    observation: ObservationConfig = PIXELS
 
     def __post_init__(self) -> None:
         if self.deter % self.blocks or (2 * self.hidden) % self.blocks:
@@ -46,8 +131,8 @@ class WorldModelConfig:
 
     @property
     def features(self) -> int:
-        """The length of the encoder's output, which is also the retrieval key."""
-        return 32 * self.depth
+        """The length of what the encoder makes of an observation, which is also the retrieval key."""
+        return 32 * self.depth * bool(self.observation.images) + self.hidden * bool(self.observation.vectors)
 
 
 @dataclass(frozen=True)

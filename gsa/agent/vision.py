@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A latent state to the image it stands for: 1 → 5 → 13 → 30 → 64."""
 
-    def __init__(self, deter: int, latent: int, hidden: int, depth: int, blocks: int) -> None:
+    def __init__(self, deter: int, latent: int, hidden: int, depth: int, blocks: int, channels: int = 3) -> None:
         super().__init__()
         features = 32 * depth
         self.deter = nn.Sequential(
@@ -73,10 +73,10 @@ class Decoder(nn.Module):
         for inputs, kernel in ((4 * depth, 5), (2 * depth, 6)):
             layers += [Deconvolution(inputs, inputs // 2, kernel, stride=2), ChannelNorm(inputs // 2), nn.SiLU()]
         self.net = nn.Sequential(*layers)
-        self.last = nn.ConvTranspose2d(depth, 3, 6, stride=2)
+        self.last = nn.ConvTranspose2d(depth, channels, 6, stride=2)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """[..., D], [..., Z] → patches [N, 32, 32, 12] of s/255: what to_patches gives of the image, over 255."""
+        """[..., D], [..., Z] → patches [N, 32, 32, 4C] of s/255: what to_patches gives of the image, over 255."""
         x = (self.deter(deter) + self.stoch(stoch)).flatten(0, -2)
         x = self.net(self._first(x))
         by_patch = self.last.weight.unflatten(3, (3, 2)).unflatten(2, (3, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
@@ -84,9 +84,9 @@ class Decoder(nn.Module):
         return image.permute(0, 2, 3, 1)
 
     def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """[..., D], [..., Z] → uint8 [..., 64, 64, 3]."""
+        """[..., D], [..., Z] → uint8 [..., 64, 64, C]."""
         patches = full(self(deter, stoch)).mul(255).round().add(128).clamp(0, 255)
-        return from_patches(patches.to(torch.uint8)).view(*deter.shape[:-1], 64, 64, 3)
+        return from_patches(patches.to(torch.uint8)).view(*deter.shape[:-1], 64, 64, -1)
 
     def _first(self, x: Tensor) -> Tensor:
         """The first transposed convolution, 1 → 5: a matrix product. [N, 32·depth] → [N, 4·depth, 5, 5]."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gsa import config as configs
-from gsa.agent import latents, rssm, storage
-from gsa.agent.layers import seeded
-from gsa.agent.precision import autocast
+from gsa.agent import latents, observation, rssm, storage
+from gsa.agent.layers import StateMLP, seeded
+from gsa.agent.precision import autocast, full
 from gsa.agent.rssm import State, States
-from gsa.agent.sizes import IMAGE_SHAPE, WorldModelConfig
+from gsa.agent.sizes import PIXELS, WorldModelConfig
 from gsa.agent.unroll import unroll
-from gsa.agent.vision import Decoder, Encoder, squared_error, to_patches
+from gsa.agent.vision import Decoder, squared_error
 from gsa.errors import SpecMismatch
 from gsa.schema import Batch
 
@@ -32,7 +31,7 @@ NOT_ARCHITECTURE = ("precision", "free_nats", "recon_scale", "dyn_scale", "rep_s
 class TensorBatch:
     """A schema.Batch on a device. Row t holds what led to observation t."""
 
-    pixels: Tensor  # [B, T, 64, 64, 3] uint8
+    observation: Mapping[str, Tensor]  # name → [B, T, …]: images [64, 64, 3] uint8, vectors [V] float32
     previous_action: Tensor  # [B, T, A] float32
     action_mask: Tensor  # [B, A] float32
     reward: Tensor  # [B, T] float32
@@ -43,26 +42,29 @@ class TensorBatch:
 
     @classmethod
     def from_batch(cls, batch: Batch, device: torch.device | str = "cpu") -> TensorBatch:
-        """Raises SpecMismatch when the observations are not 64×64 RGB images. On the CPU nothing is copied."""
-        pixels = batch.observation.get("pixels")
-        if pixels is None or pixels.shape[2:] != IMAGE_SHAPE or pixels.dtype != np.uint8:
-            found = {k: f"{list(v.shape[2:])} {v.dtype}" for k, v in batch.observation.items()}
-            raise SpecMismatch(f"The world model sees 'pixels' of {list(IMAGE_SHAPE)} uint8; the batch has {found}.")
-        arrays = {f.name: getattr(batch, f.name) for f in fields(cls) if f.name != "pixels"}
-        return cls(**{k: torch.as_tensor(v, device=device) for k, v in {"pixels": pixels, **arrays}.items()})
+        """On the CPU nothing is copied."""
+        seen = {k: torch.as_tensor(v, device=device) for k, v in batch.observation.items()}
+        names = [name for name in cls.__dataclass_fields__ if name != "observation"]
+        return cls(seen, **{k: torch.as_tensor(getattr(batch, k), device=device) for k in names})
 
 
 class WorldModel(nn.Module):
-    """Encoder, recurrent core with prior and posterior heads, decoder."""
+    """Encoder, recurrent core with prior and posterior heads, decoder; encoder and decoder of images, of vectors, or
+    of both. With images alone it is the paper's model."""
 
     def __init__(self, config: WorldModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.encoder = Encoder(IMAGE_SHAPE[-1], c.depth)
+        self.encoder, self.vector_encoder = observation.encoders(c)
         self.cell = rssm.RecurrentCell(c.deter, c.latent, c.max_action_dim, c.hidden, c.blocks, c.gates)
         self.prior = rssm.Head(c.deter, c.hidden, 2, c.stoch, c.classes)
         self.posterior = rssm.Head(c.deter + c.features, c.hidden, 1, c.stoch, c.classes)
-        self.decoder = Decoder(c.deter, c.latent, c.hidden, c.depth, c.blocks)
+        self.decoder: Decoder | None = None
+        self.vector_decoder: StateMLP | None = None
+        if c.observation.images:
+            self.decoder = Decoder(c.deter, c.latent, c.hidden, c.depth, c.blocks, c.observation.channels)
+        if c.observation.vectors:
+            self.vector_decoder = StateMLP(c.deter, c.latent, c.observation.length, 1, c.hidden, c.blocks)
 
     @classmethod
     def create(cls, config: WorldModelConfig, seed: int, device: torch.device | str = "cpu") -> WorldModel:
@@ -78,16 +80,22 @@ class WorldModel(nn.Module):
         """The precision that loss and imagination run in."""
         return autocast(self.device, self.config.precision)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [..., 64, 64, 3] → features [..., 32·depth]."""
-        return self.encoder(pixels)
+    def encode(self, seen: Mapping[str, Tensor]) -> Tensor:
+        """An observation, name → [..., shape of one], to features [..., F]."""
+        what = self.config.observation
+        shape = observation.lead(what, seen)
+        what.require(seen, "The world model", "the observation", tuple(shape))
+        return self._encode(observation.prepare(what, seen)).unflatten(0, shape)
+
+    def _encode(self, inputs: observation.Inputs) -> Tensor:
+        return observation.encode(self.encoder, self.vector_encoder, inputs)
 
     def observe(
         self, features: Tensor, previous_action: Tensor, is_first: Tensor, generator: torch.Generator
     ) -> States:
         """The filter over whole sequences.
 
-        features [B, T, 32·depth], previous_action [B, T, A] float32, is_first [B, T] bool.
+        features [B, T, F], previous_action [B, T, A] float32, is_first [B, T] bool.
         """
         if previous_action.shape[-1] != self.config.max_action_dim:
             raise SpecMismatch(
@@ -112,26 +120,41 @@ class WorldModel(nn.Module):
         dtype = self.cell.norm.weight.dtype
         return torch.rand(*shape, self.config.stoch, generator=generator, device=self.device, dtype=dtype)
 
-    def decode(self, state: State) -> Tensor:
-        """The images that states of [..., D] stand for: uint8 [..., 64, 64, 3]."""
-        return self.decoder.image(state.deter, state.stoch)
+    def decode(self, state: State) -> dict[str, Tensor]:
+        """The observations that states of [..., D] stand for: images uint8 [..., 64, 64, 3], vectors float32."""
+        images = None if self.decoder is None else self.decoder.image(*state)
+        vectors = None if self.vector_decoder is None else self.vector_decoder(*state)
+        return observation.split(self.config.observation, images, vectors)
 
     def loss(self, batch: TensorBatch, generator: torch.Generator) -> tuple[Tensor, States, dict[str, Tensor]]:
         """The training loss (a scalar), the inferred states of [B, T, …] with gradient, and metrics."""
-        shape, patches = batch.is_first.shape, to_patches(batch.pixels)
+        shape, what = batch.is_first.shape, self.config.observation
+        what.require(batch.observation, "The world model", "the batch", tuple(shape))
+        inputs = observation.prepare(what, batch.observation)
         with self.autocast():
-            features = self.encoder.encode(patches).view(*shape, -1)
+            features = self._encode(inputs).view(*shape, -1)
             states = self.observe(features, batch.previous_action, batch.is_first, generator)
             prior_logits = self.prior(states.deter)
-            image = self.decoder(states.deter, states.stoch)
+            errors = self._errors(states.state, inputs)
         parts = {
-            "recon": squared_error(image, patches).view(shape),
+            **{name: value.view(shape) for name, value in errors.items()},
             **divergences(states.logits, prior_logits, self.config),
         }
         means = {name: masked_mean(value, batch.valid) for name, value in parts.items()}
         c = self.config
         loss = c.recon_scale * means["recon"] + c.dyn_scale * means["dyn"] + c.rep_scale * means["rep"]
         return loss, states, {"loss": loss.detach(), **{k: v.detach() for k, v in means.items()}}
+
+    def _errors(self, state: State, inputs: observation.Inputs) -> dict[str, Tensor]:
+        """Squared error of what is decoded, summed over an observation, [N]: of images and vectors together and, where
+        there are both, of each."""
+        parts = {}
+        if self.decoder is not None and inputs.patches is not None:
+            parts["image_error"] = squared_error(self.decoder(*state), inputs.patches)
+        if self.vector_decoder is not None and inputs.vectors is not None:
+            parts["vector_error"] = (full(self.vector_decoder(*state.flatten())) - inputs.vectors).square().sum(-1)
+        total = torch.stack(list(parts.values())).sum(0)
+        return {"recon": total, **(parts if len(parts) > 1 else {})}
 
     def architecture_hash(self) -> str:
         """Equal for models that can take each other's weights."""
@@ -140,7 +163,10 @@ class WorldModel(nn.Module):
     def encoder_hash(self) -> str:
         """Equal for models that give the same features: the key of a feature index."""
         digest = hashlib.sha256()
-        for name, value in self.encoder.state_dict().items():
+        weights = self.encoder.state_dict() if self.encoder is not None else {}
+        if self.vector_encoder is not None:
+            weights |= self.vector_encoder.state_dict(prefix="vectors.")
+        for name, value in weights.items():
             digest.update(name.encode() + str(list(value.shape)).encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -175,6 +201,8 @@ class Dream:
 def config_hash(config: WorldModelConfig) -> str:
     """A hash of what decides names and shapes of the weights and what they compute."""
     data = {k: v for k, v in configs.to_dict(config).items() if k not in NOT_ARCHITECTURE}
+    if config.observation == PIXELS:
+        del data["observation"]  # pixels alone are what goes without saying
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
