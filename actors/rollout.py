@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
 from actors.environment import Environment, Observation
 from actors.guidance import GuidanceConfig, episode_plan
+from gsa.errors import EnvironmentFault
 from gsa.schema import Controller, Lease, Trajectory
 
 
@@ -31,6 +32,12 @@ class ActingPolicy(Protocol):
         With `sample` the policy draws its action, else it takes the mean.
         """
 
+    def memory(self) -> dict[str, Any]:
+        """What it remembers of the episodes under way, without its weights: numbers and arrays."""
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Takes back what `memory` gave."""
+
 
 @dataclass
 class Episode:
@@ -45,6 +52,13 @@ class Episode:
     discount: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     success: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and arrays from which `Rollout.restore` plays the episode to where it stands."""
+        return {
+            "lease": asdict(self.lease), "rng": self.rng.bit_generator.state, "action": np.array(self.action),
+            "reward": np.array(self.reward), "version": np.array(self.version, np.int64),
+        }  # fmt: skip
 
     def trajectory(self, environment: Environment, source: str, id: str) -> Trajectory:
         reward = np.array(self.reward, np.float32)
@@ -132,6 +146,40 @@ class Rollout:
             return episode.trajectory(environment, f"{environment.task.name}/online", id)
         self.episodes[slot] = episode
         return None
+
+    def state(self) -> dict[str, Any]:
+        """What continues the rollout exactly, between two steps."""
+        episodes = [None if episode is None else episode.state() for episode in self.episodes]
+        return {"version": self.version, "episodes": episodes, "policy": self.policy.memory()}
+
+    def restore(self, state: Mapping[str, Any]) -> list[Lease]:
+        """Plays the episodes under way again by what was done in them, and gives the policy its memory back.
+
+        Returns the leases of those that cannot go on, since their environment fails or does not repeat itself.
+        """
+        lost = []
+        for slot, saved in enumerate(state["episodes"]):
+            if saved is not None and not self._replay(slot, saved):
+                self.episodes[slot] = None
+                lost.append(Lease(**saved["lease"]))
+        self.policy.recall(state["policy"])
+        self.version = int(state["version"])
+        return lost
+
+    def _replay(self, slot: int, saved: Mapping[str, Any]) -> bool:
+        """Whether the saved episode could be played again to where it stood, reward for reward."""
+        try:
+            self.begin(slot, Lease(**saved["lease"]))
+            for action, version in zip(saved["action"], saved["version"], strict=True):
+                self.version = int(version)
+                if self.step(slot, action) is not None:
+                    return False
+        except EnvironmentFault:
+            return False
+        episode = self.episodes[slot]
+        assert episode is not None
+        episode.rng.bit_generator.state = saved["rng"]
+        return np.array_equal(episode.reward, saved["reward"])
 
     def drop(self) -> None:
         """Forgets every episode under way."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from actors.environment import Environment
 from actors.rollout import Rollout
@@ -82,6 +82,19 @@ class EnvWorker:
 
     def stats(self) -> dict[str, float]:
         return self.meter.stats()
+
+    def state(self) -> dict[str, Any]:
+        """What continues the worker exactly, between two ticks: its episodes under way, and what it counted."""
+        return {"rollout": self.rollout.state(), "faults": dict(self._faults), "meter": self.meter.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the one that gave `state` stood. Episodes whose environment does not repeat itself are
+        given back."""
+        self._faults = {str(cause): int(n) for cause, n in state["faults"].items()}
+        self.meter.restore(state["meter"])
+        for lease in self.rollout.restore(state["rollout"]):
+            self.meter.count("unrepeated_episodes")
+            self.replay.release(self.name, lease.episode)
 
     def close(self) -> None:
         for environment in self.rollout.environments:

@@ -16,10 +16,10 @@ from deploy.config import FinetuneConfig
 from deploy.data_commands import Collect, Index, Ingest, Retrieve, Store
 from gsa import __version__
 from gsa import config as configs
-from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, UsageError
+from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, Stopped, UsageError
 from learner.config import PretrainConfig
 
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USE, INTERRUPTED, STOPPED = 1, 2, 130, 143
 WRONG = (UsageError, FormatError, SpecMismatch, StaleError)  # what was given cannot be used
 ABOUT = "Pre-train a world model on unlabelled trajectories, then specialise it to a task. --debug shows tracebacks."
 
@@ -68,7 +68,8 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Specialise a pre-trained world model to one task with few online interactions. --config FILE: start from YAML."""
+    """Specialise a pre-trained world model to one task with few online interactions. --config FILE: start from YAML.
+    --resume RUN: go on with a run that was stopped or killed."""
 
     settings: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
 
@@ -143,7 +144,8 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit codes: 0 done, 1 it failed or found faults, 2 wrong use, 130 interrupted."""
+    """Runs one command. Exit codes: 0 done, 1 it failed or found faults, 2 wrong use, 130 interrupted, 143 told to
+    stop by SIGTERM and saved."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see docs/decisions/spinning-threads.md
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"gsa: {error}", file=sys.stderr)
-        return WRONG_USE if isinstance(error, WRONG) else FAILED
+        return STOPPED if isinstance(error, Stopped) else WRONG_USE if isinstance(error, WRONG) else FAILED
     except KeyboardInterrupt:
         print("gsa: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -172,15 +174,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(given: list[str]) -> Callable[[], int]:
-    """The command that the flags describe. `finetune --config FILE` starts from a file, such as a run's config.yaml."""
+    """The command that the flags describe. `finetune --config FILE` starts from a file, such as a run's config.yaml;
+    `finetune --resume RUN` goes on with a run, under its own settings but for the flags beside it."""
+    if given[:1] == ["finetune"] and "--resume" in given:
+        folder, rest = _take(given[1:], "--resume", "a run's folder")
+        return lambda: _resume(Path(folder), rest)
     if given[:1] == ["finetune"] and "--config" in given:
-        at = given.index("--config")
-        if at + 1 == len(given):
-            raise UsageError("--config needs a file.")
-        default = configs.load(FinetuneConfig, given[at + 1])
-        rest = given[1:at] + given[at + 2 :]
-        return Finetune(tyro.cli(FinetuneConfig, prog="gsa finetune", default=default, args=rest))
+        file, rest = _take(given[1:], "--config", "a file")
+        return Finetune(_finetune_flags(configs.load(FinetuneConfig, file), rest))
     return tyro.cli(Command, prog="gsa", description=ABOUT, args=given)
+
+
+def _take(given: list[str], flag: str, what: str) -> tuple[str, list[str]]:
+    """The value of `flag`, and the other arguments."""
+    at = given.index(flag)
+    if at + 1 == len(given):
+        raise UsageError(f"{flag} needs {what}.")
+    return given[at + 1], given[:at] + given[at + 2 :]
+
+
+def _finetune_flags(default: FinetuneConfig, given: list[str]) -> FinetuneConfig:
+    return tyro.cli(FinetuneConfig, prog="gsa finetune", default=default, args=given)
+
+
+def _resume(folder: Path, given: list[str]) -> int:
+    from deploy import run
+
+    run.resume(folder, lambda before: _finetune_flags(before, given))
+    return 0
 
 
 if __name__ == "__main__":

@@ -78,12 +78,19 @@ class FinetuneConfig:
     """States imagined from in an update; 0 takes all of the batch; default: the model size's own."""
     learn_end: bool = False
     """Learn when the task ends, and imagine no further: for gym/… tasks that terminate early."""
+    checkpoint_every_frames: int = 10_000
+    """Frames collected between two checkpoints, at most …"""
+    checkpoint_every_s: float = 600.0
+    """… and seconds."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; that of the best evaluation is kept besides."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     clone: CloneConfig = field(default_factory=CloneConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("budget_frames", "workers", "envs", "retrieve_k", "queries", "final_episodes"):
+        at_least_one = ("budget_frames", "workers", "envs", "retrieve_k", "queries", "final_episodes")
+        for name in (*at_least_one, "checkpoint_every_frames", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1.")
         if self.uses_pool and (self.store is None or self.world_model is None):
@@ -108,7 +115,9 @@ class FinetuneConfig:
         """With the method's settings and the default folder filled in: what the run folder keeps."""
         out = self.out or Path("runs") / f"{self.task.replace('/', '-')}-{self.method}-seed{self.seed}"
         placement = "prefix" if self.method == "jsrl" else self.guidance.placement
-        return replace(self, out=out, guidance=replace(self.guidance, placement=placement))
+        store, world_model = (None if path is None else path.resolve() for path in (self.store, self.world_model))
+        guidance = replace(self.guidance, placement=placement)
+        return replace(self, out=out, store=store, world_model=world_model, guidance=guidance)
 
     def replay(self, action_repeat: int, episode_steps: int) -> ReplayConfig:
         """The replay service's settings; frames become agent steps."""

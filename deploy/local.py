@@ -1,61 +1,158 @@
 """A whole run in one process: the same parts as function calls, without Ray and Redis, step-locked and deterministic.
 
-Read this file to understand the system.
+Read this file to understand the system. A run that was stopped or killed goes on from its newest checkpoint, bit for
+bit as if it had not been: what it had collected since is collected again, and found in the online store.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from actors.worker import WeightLink
 from deploy import parts
+from deploy.checkpointing import RunCheckpoints
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
 from gsa.broadcast import MemoryBroadcast
+from gsa.errors import Stopped
 from gsa.metrics import Progress, RunLog
 from gsa.schema import WeightSnapshot
 
 
-def run_local(config: FinetuneConfig, run: Path, progress: Progress) -> Path:
-    """Collects and learns in turns until the budget is collected and learned from. Returns the agent's folder."""
-    replay = parts.replay_service(config, run, buffers=2)
-    tuner = parts.fine_tuner(config, run)
-    weights = MemoryBroadcast()
-    learner = parts.learner_loop(config, tuner, replay.sample, parts.publish_to(weights.publisher()))
-    about = parts.Architecture.load(run)
-    prior = _cloned(run) if about.prior else None
-    worker = parts.env_worker(config, about, "local", replay, weights.subscriber(), prior)
-    evaluator = Evaluator(config, about, weights.subscriber())
-    log = RunLog(run)
-    repeat = parts.task(config).action_repeat
-    episodes = evaluated = 0
+def run_local(config: FinetuneConfig, run: Path, progress: Progress, stop: threading.Event | None = None) -> Path:
+    """Collects and learns in turns until the budget is collected and learned from. Returns the agent's folder.
 
-    def write_down() -> None:
-        nonlocal episodes, evaluated
-        rows, episodes = replay.drain_episodes(episodes)
+    Goes on where the run in this folder stood. With `stop` set it saves, and raises Stopped.
+    """
+    local = LocalRun(config, run)
+    try:
+        local.resume()
+        local.run_to_end(progress, stop or threading.Event())
+        return parts.save_agent(local.tuner, config, run)
+    finally:
+        local.close()
+
+
+class LocalRun:
+    """Owns the parts of a run and the order in which they take turns."""
+
+    def __init__(self, config: FinetuneConfig, run: Path) -> None:
+        self.config, self.run = config, run
+        self.replay = parts.replay_service(config, run, buffers=2)
+        self.tuner = parts.fine_tuner(config, run)
+        self.broadcast = MemoryBroadcast()
+        self._publisher = self.broadcast.publisher()
+        by_count = dataclasses.replace(config, learner=dataclasses.replace(config.learner, publish_every_s=0.0))
+        self.learner = parts.learner_loop(by_count, self.tuner, self.replay.sample, parts.publish_to(self._publisher))
+        about = parts.Architecture.load(run)
+        prior = _cloned(run) if about.prior else None
+        self.worker = parts.env_worker(config, about, "local", self.replay, self.broadcast.subscriber(), prior)
+        self.evaluator = Evaluator(config, about, self.broadcast.subscriber())
+        self.checkpoints = RunCheckpoints(run, config)
+        self._newest = self.broadcast.subscriber()
+        self._published: WeightSnapshot | None = None
+        self._repeat = parts.task(config).action_repeat
+        self._log: RunLog | None = None
+        self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
+        self._learned = False  # whether the learner has had its turn since the worker's last
+
+    @property
+    def frames(self) -> int:
+        """Simulator frames collected."""
+        return self.replay.collected * self._repeat
+
+    def run_to_end(self, progress: Progress, stop: threading.Event) -> None:
+        """Turns of learner and worker until the budget is collected and replayed."""
+        while True:
+            while not self._learned:
+                if stop.is_set():
+                    self._save_and_wait()
+                    raise Stopped(f"Stopped at {self.frames} frames; to go on: gsa finetune --resume {self.run}")
+                self._learned = self.learner.step() is None  # as many updates as the rate limiter now allows
+            if self.replay.collected > self._written:
+                self._write_down(progress)
+            if self.replay.complete:
+                break
+            self.worker.tick()  # one agent step in each environment
+            self._learned = False
+        self._save_and_wait()
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint, or from the beginning where there is none."""
+        restored = self.checkpoints.load()
+        state = None if restored is None else restored.state
+        if state is None:
+            if self.replay.collected:  # killed before its first checkpoint
+                self.replay.restore(self.replay.blank_state(), exact=True)
+            self._log = RunLog(self.run, resume_rows=0)
+            self.learner.publish()
+            return
+        self.tuner.restore(state["tuner"])
+        self.replay.restore(state["replay"], exact=True)
+        self._publish_again(state["published"])
+        self.learner.restore(state["learner"])
+        self.worker.restore(state["worker"])
+        self._written, self._cursor, self._evaluated = (int(state[k]) for k in ("written", "cursor", "evaluated"))
+        self._learned = bool(state["learned"])
+        self._log = RunLog(self.run, resume_rows=int(state["log_rows"]))
+
+    def state(self) -> dict[str, Any]:
+        """All that continues the run exactly, between two turns. Tensors are the live ones."""
+        assert self._log is not None, "resume() comes first"
+        return {
+            "tuner": self.tuner.state(), "replay": self.replay.state(), "learner": self.learner.state(),
+            "worker": self.worker.state(), "published": self._published_state(), "written": self._written,
+            "cursor": self._cursor, "evaluated": self._evaluated, "learned": self._learned, "log_rows": self._log.rows,
+        }  # fmt: skip
+
+    def save(self, score: float | None = None) -> None:
+        self.checkpoints.save(self.frames, self.state(), score)
+
+    def _save_and_wait(self) -> None:
+        self.save()
+        self.checkpoints.flush()
+
+    def close(self) -> None:
+        self.checkpoints.flush()
+        self.worker.close()
+        self.evaluator.close()
+        self.replay.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _write_down(self, progress: Progress) -> None:
+        """Logs what was collected and learned, evaluates and saves where that is due."""
+        assert self._log is not None
+        rows, self._cursor = self.replay.drain_episodes(self._cursor)
         for row in rows:
-            log.write(int(row["frames"]), parts.episode_metrics(row))
-        frames = replay.collected * repeat
-        values = {**replay.stats(), **learner.stats(), **worker.stats()}
-        if frames - evaluated >= config.eval_every_frames:
-            evaluated = frames - frames % config.eval_every_frames
-            values |= evaluator.evaluate(config.eval_episodes)
-        log.write(frames, values)
-        progress(frames, config.budget_frames, parts.headline(values))
+            self._log.write(int(row["frames"]), parts.episode_metrics(row))
+        values = {**self.replay.stats(), **self.learner.stats(), **self.worker.stats(), **self.checkpoints.stats()}
+        score = None
+        if self.frames - self._evaluated >= self.config.eval_every_frames:
+            self._evaluated = self.frames - self.frames % self.config.eval_every_frames
+            values |= self.evaluator.evaluate(self.config.eval_episodes)
+            score = values["eval/score"]
+        self._log.write(self.frames, values)
+        self._written = self.replay.collected
+        if score is not None or self.checkpoints.due(self.frames):
+            self.save(score)
+        progress(self.frames, self.config.budget_frames, parts.headline(values))
 
-    learner.publish()
-    while not replay.complete:
-        collected = replay.collected
-        worker.tick()  # one agent step in each environment
-        while learner.step() is not None:  # as many updates as the rate limiter now allows
-            pass
-        if replay.collected > collected:
-            write_down()
-    write_down()
-    worker.close()
-    evaluator.close()
-    log.close()
-    return parts.save_agent(tuner, config, run)
+    def _published_state(self) -> dict[str, Any]:
+        """The snapshot published last: its weights, unless they are the tuner's as they are."""
+        self._published = self._newest.poll() or self._published
+        assert self._published is not None, "resume() published the first"
+        version = self._published.version
+        return {"version": version, "tensors": {} if version == self.tuner.updates else dict(self._published.tensors)}
+
+    def _publish_again(self, published: Mapping[str, Any]) -> None:
+        version = int(published["version"])
+        tensors = published["tensors"] or self.tuner.snapshot()
+        self._publisher.publish(WeightSnapshot(version, tensors, {"updates": version}))
 
 
 def _cloned(run: Path) -> WeightLink:

@@ -1,7 +1,7 @@
 """The parts of a run, built from its config and its folder alone: the same in one process and in many.
 
 Run folder: config.yaml, architecture.json, rehearsal.json, contact_sheet.png, prior/, online/ (store), metrics.jsonl,
-tensorboard/, agent/ (the result), evaluation.json, video.mp4, report.html.
+tensorboard/, checkpoints/, agent/ (the result), evaluation.json, video.mp4, report.html.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gsa import config as configs
 from gsa.agent.sizes import BehaviourConfig, PriorConfig, WorldModelConfig
 from gsa.schema import Batch, Lease, Trajectory, WeightSnapshot
 from replay_service.service import ReplayService
+from retrieval.files import replace_file
 from retrieval.retriever import RehearsalSet
 from retrieval.store import TrajectoryStore
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from gsa.broadcast import Publisher
     from learner.finetune import FineTuner
     from learner.loop import LearnerLoop
+
+
+ARCHITECTURE = "architecture.json"
 
 
 def limit_threads(n: int) -> None:
@@ -66,10 +70,11 @@ class Architecture:
 
     @classmethod
     def load(cls, run: Path) -> Architecture:
-        return configs.load(cls, run / "architecture.json")
+        return configs.load(cls, run / ARCHITECTURE)
 
     def save(self, run: Path) -> None:
-        (run / "architecture.json").write_text(json.dumps(configs.to_dict(self), indent=1))
+        with replace_file(run / ARCHITECTURE) as file:
+            file.write(json.dumps(configs.to_dict(self), indent=1).encode())
 
 
 def unique_name(run: Path) -> str:

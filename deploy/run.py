@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +21,21 @@ from gsa import config as configs
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig, preset
 from gsa.errors import UsageError
 from retrieval.files import replace_file
+from retrieval.retriever import RehearsalSet
 from retrieval.store import TrajectoryStore
 
+# What a run that goes on may be told anew: where and how it is run and watched, never what it does.
+MAY_CHANGE = (
+    "workers", "redis_url", "ray_address", "final_episodes", "checkpoint_every_frames", "checkpoint_every_s",
+    "keep_checkpoints",
+)  # fmt: skip
 
-def finetune(config: FinetuneConfig) -> Path:
-    """The whole run; returns its folder."""
+
+def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
+    """The whole run; returns its folder. With `resume`, goes on with the run that is in it.
+
+    SIGTERM stops the fine-tuning within an update: it is saved, and Stopped is raised.
+    """
     config = config.resolved()
     with ExitStack() as services:
         redis_url = ""
@@ -34,24 +47,26 @@ def finetune(config: FinetuneConfig) -> Path:
 
                 redis_url = distributed.launch(config, services)
 
-        run = prepare(config, launch)
-        with stage(run, "fine-tune"), bar("fine-tune") as progress:
-            if config.local:
-                from deploy.local import run_local
+        run = prepare(config, launch, resume)
+        if "fine-tune" not in stages_done(run):
+            with stage(run, "fine-tune"), stop_on_sigterm() as stop, bar("fine-tune") as progress:
+                if config.local:
+                    from deploy.local import run_local
 
-                run_local(config, run, progress)
-            else:
-                from deploy.distributed import run_distributed
+                    run_local(config, run, progress, stop)
+                else:
+                    from deploy.distributed import run_distributed
 
-                run_distributed(config, run, redis_url, progress)
+                    run_distributed(config, run, redis_url, progress)
     finish(config, run)
     return run
 
 
-def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
+def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = False) -> Path:
     """Checks everything, then writes the run folder up to where collecting begins: rehearsal set and prior actor.
 
-    `launch` is called when all is checked and nothing written yet: what it needs may be missing too.
+    `launch` is called when all is checked and nothing written yet: what it needs may be missing too. With `resume`,
+    what the folder has already stays as it is.
     """
     from actors.rendering import choose_backend
 
@@ -60,8 +75,8 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
     if not config.local:
         _require_redis(config.redis_url)
     run = config.out.resolve()
-    if run.exists() and any(run.iterdir()):
-        raise UsageError(f"{run} already has a run in it; choose another --out.")
+    if not resume and run.exists() and any(run.iterdir()):
+        raise UsageError(f"{run} already has a run in it: go on with it by --resume, or choose another --out.")
     with ExitStack() as stack:
         env = stack.enter_context(parts.environment(config))
         config.replay(env.spec.action_repeat, env.episode_steps)
@@ -83,17 +98,19 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None]) -> Path:
         size_name = stages.size_of(model)
         launch()
         _begin(config, run, model.config, size_name, env.spec.action_dim)
-        if config.rehearses:
+        done = stages_done(run)
+        if config.rehearses and "retrieve" not in done:
             kind = "random" if config.method == "random-rehearsal" else "nearest"
             with stage(run, "retrieve"):
                 found = stages.rehearse(
                     store, config.world_model, model, env, kind, config.retrieve_k, config.queries, config.seed, run
                 )
-        if config.guides:
+        if config.guides and "clone prior" not in done:
             from learner.clone import clone_prior
 
             with stage(run, "clone prior"), bar("clone") as progress:
                 cache = config.world_model / "priors"
+                found = RehearsalSet.load(run / "rehearsal.json")
                 network, seen = preset(size_name).prior, model.config.observation
                 clone_prior(store, found.rows, network, config.clone, cache, progress, seen).save(run / "prior")
     return run
@@ -103,8 +120,9 @@ def finish(config: FinetuneConfig, run: Path) -> None:
     """Evaluates what the run made and writes its report."""
     from deploy.evaluate import final_evaluation
 
-    with stage(run, "evaluate"), bar("evaluate") as progress:
-        final_evaluation(config, run, progress)
+    if "evaluate" not in stages_done(run):
+        with stage(run, "evaluate"), bar("evaluate") as progress:
+            final_evaluation(config, run, progress)
     report(run)
 
 
@@ -122,6 +140,43 @@ def report(run: Path) -> None:
     console.print(table)
     console.print(summary.verdict, soft_wrap=True)
     console.print(f"Report: {summary.html}", soft_wrap=True)
+
+
+def resume(folder: Path, changes: Callable[[FinetuneConfig], FinetuneConfig]) -> Path:
+    """Goes on with the run in `folder`, under its own settings but for what `changes` makes of them.
+
+    Raises UsageError where there is no run, or where a change would make it another run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no run to go on with: it lacks config.yaml.")
+    # The password of a Redis is never kept; FinetuneConfig's own default looks for it in the environment.
+    before = replace(configs.load(FinetuneConfig, path), out=folder, redis_url=os.environ.get("GSA_REDIS_URL"))
+    now = replace(changes(before), out=folder)
+    ours, theirs = configs.to_dict(before), configs.to_dict(now)
+    if different := [f"{k} {ours[k]} → {theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in MAY_CHANGE]:
+        raise UsageError(f"Another run would come of it: {'; '.join(different)}. Start one with another --out.")
+    return finetune(now, resume=True)
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process. Outside the main thread nobody sets it."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stages_done(folder: Path) -> set[str]:
+    """The stages of a run that have ended."""
+    path = folder / "stages.json"
+    return {row["stage"] for row in json.loads(path.read_text())} if path.exists() else set()
 
 
 @contextmanager
@@ -159,5 +214,6 @@ def _begin(config: FinetuneConfig, run: Path, model: WorldModelConfig, size: str
         behaviour = replace(behaviour, imagination_starts=config.imagination_starts)
     run.mkdir(parents=True, exist_ok=True)
     configs.save(replace(config, redis_url=None), run / "config.yaml")
-    prior = preset(size).prior if config.guides else None
-    parts.Architecture(parts.unique_name(run), model, behaviour, prior, action_dim).save(run)
+    if not (run / parts.ARCHITECTURE).exists():  # a run that goes on keeps its name
+        prior = preset(size).prior if config.guides else None
+        parts.Architecture(parts.unique_name(run), model, behaviour, prior, action_dim).save(run)

@@ -35,6 +35,12 @@ class Unavailable(GsaError):
     retry = True
 
 
+class Stopped(GsaError):
+    """A run was told to stop. It is saved and can go on."""
+
+    retry = True
+
+
 def unknown(kind: str, name: object, known: object) -> UsageError:
     """The error for a name that is not in a list of names: says which are, the nearest first."""
     import difflib

@@ -1,7 +1,7 @@
 """Checkpoints: nested dicts of tensors and numbers as one atomic folder of safetensors and JSON. No pickle.
 
     <folder>/checkpoint-00000007/
-        manifest.json         format, and size and CRC-32 of the other two
+        manifest.json         format, size and CRC-32 of the other two, and the score, if there is one
         state.json            step and the nested dicts; an array is {"$torch": 3} or {"$numpy": 3}
         tensors.safetensors   the arrays, by number
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -51,7 +52,8 @@ class Restored:
 
 
 class Checkpoints:
-    """Owns a folder of checkpoints and keeps the newest `keep` whole ones. One writer at a time."""
+    """Owns a folder of checkpoints and keeps the newest `keep` whole ones, and that of the best score besides. One
+    writer at a time."""
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         if keep < 1:
@@ -65,7 +67,7 @@ class Checkpoints:
             return []
         return sorted(p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> Path:
         """Writes `state` and removes what is too old. It is durable when this returns.
 
         A state is a dict with str keys; leaves are torch tensors, numpy arrays, int, float, str, bool, None;
@@ -76,7 +78,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             temporary.mkdir()
-            _write(temporary, step, state)
+            _write(temporary, step, state, score)
             path = self.folder / f"checkpoint-{self._next_number():08d}"
             os.rename(temporary, path)
             _sync(self.folder)
@@ -106,6 +108,11 @@ class Checkpoints:
             raise FormatError(f"No checkpoint in {self.folder} can be read: {' '.join(damaged)}")
         return None
 
+    def best(self) -> Path | None:
+        """The checkpoint of the highest score, the newer of equals; None where none has a score."""
+        scores = [(score, path) for path in self.paths() if (score := _score(path)) is not None]
+        return max(scores)[1] if scores else None
+
     def _next_number(self) -> int:
         paths = self.paths()
         return int(paths[-1].name.rpartition("-")[2]) + 1 if paths else 0
@@ -113,8 +120,9 @@ class Checkpoints:
     def _rotate(self, newest: Path) -> None:
         """Damaged ones do not count as kept: they must not push the last good one out."""
         whole = [p for p in self.paths() if p not in self._damaged]
+        best = self.best()
         for path in {*whole[: -self.keep], *self._damaged}:
-            if path != newest and path.is_dir():
+            if path not in (newest, best) and path.is_dir():
                 leftover = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
                 os.rename(path, leftover)  # so that a half-deleted one is never taken for a checkpoint
                 shutil.rmtree(leftover)
@@ -142,7 +150,7 @@ def read(path: Path) -> tuple[int, dict[str, Any]]:
     return step, state
 
 
-def _write(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+def _write(folder: Path, step: int, state: Mapping[str, Any], score: float | None) -> None:
     arrays = _Arrays()
     tree = json.dumps({"step": int(step), "state": _split(state, arrays, "")}, separators=(",", ":")).encode()
     if len(tree) > MAX_TREE_BYTES:
@@ -150,7 +158,7 @@ def _write(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     (folder / TREE).write_bytes(tree)
     safetensors.torch.save_file(arrays.tensors, folder / TENSORS)
     files = {name: {"bytes": (folder / name).stat().st_size, "crc32": _crc(folder / name)} for name in (TREE, TENSORS)}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files, "score": score}, indent=1))
     for name in (TREE, TENSORS, MANIFEST):
         _sync(folder / name)
     _sync(folder)
@@ -215,6 +223,15 @@ def _manifest(path: Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise FormatError(f"Checkpoint {path} has format {found!r:.80}; this version reads {FORMAT!r}.")
     return manifest
+
+
+def _score(path: Path) -> float | None:
+    """The score in a checkpoint's manifest; None where there is none to read."""
+    try:
+        score = _manifest(path).get("score")
+    except (OSError, ValueError, FormatError):
+        return None
+    return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
 def _check(file: Path, entry: Mapping[str, Any]) -> None:

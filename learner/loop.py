@@ -84,6 +84,15 @@ class LearnerLoop:
         self._published_updates, self._published_at = self.tuner.updates, time.monotonic()
         self._meter.count("published")
 
+    def state(self) -> dict[str, Any]:
+        """Plain data: which update was published last, and what was counted."""
+        return {"published": self._published_updates, "meter": self._meter.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the one that gave `state` stood; the caller publishes again what that one had published."""
+        self._published_updates = state["published"]
+        self._meter.restore(state["meter"])
+
     def stats(self) -> dict[str, float]:
         """Counts, rates and the mean of each update metric since the last reading."""
         self._meter.gauge("updates", self.tuner.updates)

@@ -56,7 +56,7 @@ class ReplayService:
         buffers: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`online` is open for writing and belongs to this run alone; the caller closes it. `rehearsal_rows` are rows
+        """`online` is open for writing and belongs to this run alone. `rehearsal_rows` are rows
         of `pool`; without any, batches are all online. With `buffers` = n, each thread that samples reuses the
         arrays of n batches: one is overwritten by the n-th `sample()` after it.
         """
@@ -222,6 +222,11 @@ class ReplayService:
                 self._meter.gauge(name, value)
             return self._meter.stats()
 
+    def close(self) -> None:
+        """Closes the online store: another may write to it then."""
+        with self._lock:
+            self._online.close()
+
     # ------------------------------------------------------------------ saving
 
     def state(self) -> dict[str, Any]:
@@ -234,6 +239,11 @@ class ReplayService:
                 "batches": self._batches, "next_episode": self._next_episode, "leases": leases,
                 "meter": self._meter.state(),
             }  # fmt: skip
+
+    def blank_state(self) -> dict[str, Any]:
+        """`state()` as it was before anything was collected."""
+        begun = {"rows": 0, "sampled": 0, "batches": 0, "next_episode": 0, "leases": []}
+        return {**self.state(), **begun, "meter": Meter("replay").state()}
 
     def restore(self, state: Mapping[str, Any], exact: bool = False) -> None:
         """Continues from `state`. Episodes that the online store has beyond it were acknowledged, and count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,20 @@ class GuidedPolicy:
     def executed(self, action: np.ndarray) -> None:
         """Tells the filter what was executed [E, A], where that is not what `act` returned: a person took over."""
         self._previous_action[:, : self.action_dim] = torch.from_numpy(action)
+
+    def memory(self) -> dict[str, Any]:
+        """What it remembers of the episodes under way, without its weights. The arrays are the live ones."""
+        return {
+            "deter": self.state.deter, "stoch": self.state.stoch, "previous_action": self._previous_action,
+            "frames": self._frames, "fresh": self._fresh,
+        }  # fmt: skip
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Takes back what `memory` gave."""
+        self.state = State(memory["deter"].clone(), memory["stoch"].clone())
+        self._previous_action = memory["previous_action"].clone()
+        self._fresh = memory["fresh"].copy()
+        self._frames = None if memory["frames"] is None else memory["frames"].copy()
 
     def _filter(self, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]) -> None:
         uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])

@@ -1,0 +1,105 @@
+"""When a run is saved, and that a run goes on with what it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.config import FinetuneConfig
+from gsa.errors import FormatError, Unavailable
+from gsa.metrics import Meter
+from learner.checkpoint import Checkpoints, Restored
+
+FOLDER = "checkpoints"
+INPUTS = ("architecture.json", "rehearsal.json", "prior/*")  # what a run begins with and never changes
+_log = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Owns a run's checkpoints: every so many frames or seconds, written by a thread beside the run.
+
+    A save waits for the one before it. One that fails is counted and logged, and tried again when the next is due:
+    a full disk does not end a run.
+    """
+
+    def __init__(self, run: Path, config: FinetuneConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._checkpoints = Checkpoints(run / FOLDER, config.keep_checkpoints)
+        self._inputs = inputs_digest(run)
+        self._every_frames, self._every_s, self._clock = (
+            config.checkpoint_every_frames,
+            config.checkpoint_every_s,
+            clock,
+        )
+        self._saved_frames, self._saved_at = 0, clock()
+        self._thread: threading.Thread | None = None
+        self._meter = Meter("checkpoint")
+
+    def due(self, frames: int) -> bool:
+        """Whether it is time to save a run of so many frames."""
+        new = frames - self._saved_frames
+        return new >= self._every_frames or (new > 0 and self._clock() - self._saved_at >= self._every_s)
+
+    def save(self, frames: int, state: Mapping[str, Any], score: float | None = None) -> None:
+        """Takes a copy of `state` and writes it beside the run. `score`: of an evaluation of just this state."""
+        started = time.perf_counter()
+        self.flush()
+        copy = copied({**state, "inputs": self._inputs})
+        self._thread = threading.Thread(target=self._write, args=(frames, copy, score), name="checkpoint", daemon=True)
+        self._thread.start()
+        self._saved_frames, self._saved_at = frames, self._clock()
+        self._meter.gauge("pause_ms", 1e3 * (time.perf_counter() - started))
+
+    def flush(self) -> None:
+        """Waits until what was saved is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def load(self) -> Restored | None:
+        """The newest whole checkpoint. FormatError where the run's folder is no longer what it was saved with."""
+        restored = self._checkpoints.load()
+        if restored is not None:
+            self._saved_frames = restored.step
+            if restored.state.get("inputs") != self._inputs:
+                raise FormatError(f"{restored.path} is of another run, or {', '.join(INPUTS)} beside it have changed.")
+        return restored
+
+    def stats(self) -> dict[str, float]:
+        """Checkpoints written and failed, how long the run paused for the last and how long it took to write."""
+        return self._meter.stats()
+
+    def _write(self, frames: int, state: Mapping[str, Any], score: float | None) -> None:
+        started = time.perf_counter()
+        try:
+            self._checkpoints.save(frames, state, score)
+        except Unavailable as error:
+            _log.warning("%s", error)
+            self._meter.count("errors")
+            return
+        self._meter.count("written")
+        self._meter.gauge("write_s", time.perf_counter() - started)
+
+
+def inputs_digest(run: Path) -> str:
+    """A hash of the files that a run begins with."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in INPUTS for path in run.glob(pattern)):
+        digest.update(f"{path.relative_to(run)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def copied(state: Any) -> Any:
+    """The state with tensors of its own, on the CPU: the live ones go on changing."""
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [copied(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    return state.copy() if hasattr(state, "copy") else state

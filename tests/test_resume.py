@@ -1,0 +1,167 @@
+"""A run that was stopped or killed goes on as if it had not been: the same weights, metrics and online store."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deploy import run as runs
+from deploy.cli import main as gsa
+from deploy.config import FinetuneConfig
+from deploy.local import run_local
+from gsa.errors import FormatError, Stopped
+from gsa.metrics import read_log
+from learner.config import LearnerConfig
+from retrieval.store import TrajectoryStore
+from tests.test_runs import config, pool  # noqa: F401
+
+TIMED = ("_per_s", "_ms", "_s", "checkpoint/")  # metrics that tell of time
+
+
+def settings(out: Path, pool, **changes) -> FinetuneConfig:  # noqa: F811
+    """Two environments, so that a checkpoint finds episodes under way, and weights that are published every third
+    update."""
+    learner = LearnerConfig(publish_every=3)
+    return config(out, pool, local=True, envs=2, checkpoint_every_frames=20, learner=learner, **changes)
+
+
+@pytest.fixture(scope="module")
+def prepared(pool, tmp_path_factory) -> Path:  # noqa: F811
+    """A run up to where collecting begins."""
+    folder = tmp_path_factory.mktemp("resume")
+    return runs.prepare(settings(folder / "prepared", pool).resolved(), lambda: None)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    return continue_run(copy(prepared, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def copy(prepared: Path, to: Path) -> Path:
+    return Path(shutil.copytree(prepared, to))
+
+
+def continue_run(run: Path, stop: threading.Event | None = None) -> Path:
+    from dataclasses import replace
+
+    from gsa import config as configs
+
+    loaded = replace(configs.load(FinetuneConfig, run / "config.yaml"), out=run)
+    run_local(loaded, run, lambda *_: None, stop)
+    return run
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for file in sorted((one / "agent").glob("*.safetensors")):
+        ours, theirs = load_file(file), load_file(other / "agent" / file.name)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    with TrajectoryStore.open(one / "online") as a, TrajectoryStore.open(other / "online") as b:
+        assert len(a) == len(b)
+        for row in range(len(a)):
+            first, second = a.read(row), b.read(row)
+            assert (first.id, first.stats) == (second.id, second.stats)
+            for name in ("action", "reward", "discount", "controller", "policy_version"):
+                np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
+            np.testing.assert_array_equal(first.observation["pixels"], second.observation["pixels"])
+    assert untimed(one) == untimed(other)
+
+
+def untimed(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in read_log(run)]
+
+
+def killed(prepared: Path, run: Path, kills: int, seed: int) -> Path:
+    copy(prepared, run)
+    command = [sys.executable, "-m", "tests.killing", str(run), str(kills), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, "no kill struck: the run is too short"
+    return run
+
+
+def test_killed_at_random_points_it_is_the_same_run(prepared, whole, tmp_path):
+    assert_same_run(killed(prepared, tmp_path / "run", 3, seed=0), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_many_points_it_is_the_same_run(prepared, whole, tmp_path):
+    for seed in range(10, 18):
+        assert_same_run(killed(prepared, tmp_path / f"run{seed}", 4, seed), whole)
+
+
+def test_stopped_at_any_turn_it_is_the_same_run(prepared, whole, tmp_path):
+    """Every ninth look at the stop event ends the run: between updates and agent steps, with episodes under way."""
+
+    class Ninth(threading.Event):
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            return self.looks % 9 == 0
+
+    run, stops = copy(prepared, tmp_path / "run"), 0
+    while True:
+        try:
+            continue_run(run, Ninth())
+            break
+        except Stopped:
+            stops += 1
+    assert stops > 20
+    assert_same_run(run, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(prepared, whole, tmp_path):
+    run = copy(whole, tmp_path / "run")
+    shutil.rmtree(run / "agent")
+    newest = max((run / "checkpoints").iterdir())
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-5])
+    assert_same_run(continue_run(run), whole)
+
+
+def test_refuses_to_go_on_with_other_inputs(whole, tmp_path):
+    run = copy(whole, tmp_path / "run")
+    rehearsal = run / "rehearsal.json"
+    rehearsal.write_text(rehearsal.read_text() + " ")
+    with pytest.raises(FormatError, match=r"rehearsal\.json.* have changed"):
+        continue_run(run)
+
+
+def test_refuses_to_become_another_run(whole, tmp_path, capfd):
+    assert gsa(["finetune", "--resume", str(whole), "--seed", "3"]) == 2
+    assert "Another run would come of it: seed 0 → 3" in capfd.readouterr().err
+    assert gsa(["finetune", "--resume", str(tmp_path)]) == 2
+    assert "has no run to go on with" in capfd.readouterr().err
+
+
+def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
+    """What pre-emption does: the signal, half a minute at most, and the same command with --resume elsewhere."""
+    from gsa import config as configs
+
+    file = tmp_path / "config.yaml"
+    configs.save(settings(tmp_path / "run", pool, budget_frames=2_000, train_ratio=16.0), file)
+    command = [sys.executable, "-m", "deploy.cli", "finetune"]
+    run = subprocess.Popen([*command, "--config", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == 143, said
+    assert "to go on: gsa finetune --resume" in said
+    frames = read_log(tmp_path / "run")[-1]["frames"]
+    assert 0 < frames < 2_000
