@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
+
+from retrieval.formats.source import Options
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,20 @@ class Ingest:
     """Read episodes of another format into a trajectory store. Goes on where it stopped; bad files are named."""
 
     source: Positional[Path]
+    """A file or folder: npz, ExORL npz, Minari (HDF5, Arrow), LeRobot v3, robomimic HDF5, or another store."""
     store: Path
     """The store; created if it is not there."""
-    format: Literal["auto", "npz", "store"] = "auto"
+    format: Literal["auto", "npz", "exorl", "minari", "lerobot", "robomimic", "store"] = "auto"
     codec: Literal["none", "lz4", "zstd"] = "none"
     """Compression of a new store: none is the fastest to train from."""
+    jobs: int = 0
+    """Episodes decoded at a time; 0: one a core, four at most."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> int:
         from deploy import pool
 
-        return pool.ingest(self.source, self.store, self.format, self.codec)
+        return pool.ingest(self.source, self.store, self.format, self.codec, self.options, self.jobs)
 
 
 @dataclass(frozen=True)

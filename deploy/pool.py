@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
     from actors.environment import Profile
+    from retrieval.formats.source import Options
 
 FAULTS_FOUND = 1
 
@@ -37,16 +39,26 @@ def collect(
     return FAULTS_FOUND if report["failed"] else 0
 
 
-def ingest(source: Path, path: Path, format: str, codec: str) -> int:
+def ingest(source: Path, path: Path, format: str, codec: str, options: Options | None = None, jobs: int = 0) -> int:
     """Reads episodes into a store, created if it is not there. 1 where files were bad."""
-    from retrieval.ingest import ingest as ingest_all
+    from retrieval.ingest import open_source, plan, run
 
-    store = TrajectoryStore.open(path, write=True) if path.exists() else TrajectoryStore.create(path, codec=codec)
-    with store, bar("ingest") as progress:
-        report = ingest_all(source, store, format=format, progress=progress)
+    with contextlib.closing(open_source(source, format, options)) as episodes:  # first: a wrong source makes no store
+        for note in episodes.notes:
+            console.print(note, soft_wrap=True)
+        store = TrajectoryStore.open(path, write=True) if path.exists() else TrajectoryStore.create(path, codec=codec)
+        with store:
+            with bar("look") as progress:
+                planned = plan(episodes, store, progress)
+            size = f"{planned.bytes / 1e9:.2f} GB" + ("" if store.codec == "none" else f" before {store.codec}")
+            console.print(f"{len(planned.entries)} trajectories to add, about {size}; {planned.known} known before.")
+            with bar("ingest") as progress:
+                report = run(planned, store, progress, jobs, str(source))
     console.print(f"{report.added} trajectories added, {report.skipped_known} known before, {len(report.failed)} bad.")
+    if report.clipped:
+        console.print(f"{report.clipped} had actions outside their bounds, which were clipped.")
     for file, reason in report.failed:
-        console.print(f"  skipped {file}: {reason}", soft_wrap=True)
+        console.print(f"  skipped {file}: {reason}", soft_wrap=True, markup=False)
     return FAULTS_FOUND if report.failed else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,13 @@ class _Start:
         seconds = time.monotonic() - self.time
         return f"{(done - self.done) / seconds:.1f}/s" if seconds > 0.5 else ""
 
+    def left(self, done: int, total: int) -> str:
+        """What remains at the rate so far, as "0:12:30 left"."""
+        if done <= self.done or done >= total:
+            return ""
+        seconds = (time.monotonic() - self.time) / (done - self.done) * (total - done)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
+
 
 class _Lines:
     """For logs: the first report, one every 15 s, and the last."""
@@ -68,7 +76,8 @@ class _Lines:
         if now < self.next and (not last or self.finished):
             return
         self.next, self.finished = now + LINE_EVERY_S, last
-        console.print(f"{self.title}: {done}/{total} {rate} {_short(numbers)}".rstrip(), soft_wrap=True)
+        told = (f"{self.title}: {done}/{total}", rate, self.start.left(done, total), _short(numbers))
+        console.print(" ".join(filter(None, told)), soft_wrap=True)
 
 
 def _short(numbers: Mapping[str, float]) -> str:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gsa.errors import FormatError, SpecMismatch, UsageError, unknown
+from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.metrics import Progress
-from gsa.schema import ArraySpec, Spec, Trajectory
-from retrieval import npz
-from retrieval.manifest import Manifest
-from retrieval.npz import write_npz
+from retrieval.formats.npz import write_npz
+from retrieval.formats.registry import open_source
+from retrieval.formats.source import Bounds, Entry, Loaded, Options, Source
 from retrieval.store import TrajectoryStore
 
-__all__ = ["Forecast", "IngestReport", "forecast", "ingest", "write_npz"]
+__all__ = ["IngestReport", "Options", "Plan", "forecast", "ingest", "open_source", "plan", "run", "write_npz"]
+
+LOG = "ingested.jsonl"  # in the store: a line an ingestion, with how actions were scaled
+AHEAD_BYTES = 1 << 29  # of episodes decoded and not yet written
+SPARE = 1.02  # of the forecast: headers and catalog
 
 
 @dataclass
@@ -25,194 +33,162 @@ class IngestReport:
 
     added: int = 0  # trajectories
     skipped_known: int = 0  # were in the store already
-    failed: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # (file or episode, reason)
     steps: int = 0  # agent steps added
     bytes: int = 0  # added, uncompressed
-    clipped: int = 0  # trajectories with actions outside [-1, 1]: clipped, as their simulators did
+    clipped: int = 0  # trajectories with actions outside their bounds: clipped, as simulators do
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What an ingestion would add at most."""
+@dataclass
+class Plan:
+    """What an ingestion will do: the episodes that the store does not have yet."""
 
-    files: int
-    bytes: int  # uncompressed
+    source: Source
+    entries: list[tuple[int, Entry]] = field(default_factory=list)  # (index in the source, entry)
+    known: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def bytes(self) -> int:
+        """That it will add at most, about: without a codec."""
+        return sum(entry.bytes for _, entry in self.entries)
 
-@dataclass(frozen=True)
-class Item:
-    """One episode of a source: its name for messages, its id, its content and whether actions were clipped."""
-
-    name: str
-    identify: Callable[[], str]
-    load: Callable[[], tuple[Trajectory, Spec, bool]]
-    size: Callable[[], int]  # bytes in a store, about
+    def require_room(self, store: TrajectoryStore) -> None:
+        """UsageError if the store's disk has no room for it. With a codec it may take less, so nothing is refused."""
+        free, needed = shutil.disk_usage(store.path).free, int(self.bytes * SPARE)
+        if store.codec == "none" and needed > free:
+            raise UsageError(
+                f"Ingesting needs about {needed / 1e9:.1f} GB, and the disk of {store.path} has {free / 1e9:.1f} GB "
+                "free: make room, or choose a smaller --resize or a new store with --codec zstd."
+            )
 
 
 def ingest(
-    source: str | Path, store: TrajectoryStore, format: str = "auto", progress: Progress | None = None
-) -> IngestReport:
+    source: str | Path, store: TrajectoryStore, format: str = "auto", progress: Progress | None = None,
+    options: Options | None = None, jobs: int = 0,
+) -> IngestReport:  # fmt: skip
     """Adds the episodes of `source` (a file or folder) that the store does not have yet.
 
-    An interrupted ingestion is continued by calling it again. Raises UsageError where there is nothing to ingest,
-    Unavailable where the disk refuses; episodes that are not what they should be end up in `failed`.
+    `jobs` episodes are decoded at a time; 0: one a core, four at most. An interrupted ingestion is continued by
+    calling it again. Raises UsageError where there is nothing to ingest, the user must say more or the disk is too
+    small; Unavailable where the disk refuses. Episodes that are not what they should be end up in `failed`.
     """
-    items, report, seen = _items(Path(source), format), IngestReport(), set[str]()
-    with store.batch():
-        for done, item in enumerate(items, 1):
-            try:
-                _ingest_one(item, store, report, seen)
-            except (FormatError, SpecMismatch, UsageError) as error:
-                report.failed.append((item.name, str(error)))
-            if progress is not None:
-                progress(done, len(items), {"added": report.added, "failed": len(report.failed), "steps": report.steps})
+    with contextlib.closing(open_source(source, format, options)) as episodes:
+        return run(plan(episodes, store), store, progress, jobs, str(source))
+
+
+def forecast(source: str | Path, format: str = "auto", options: Options | None = None) -> Plan:
+    """What ingesting `source` into an empty store would add, from the files' directories alone."""
+    with contextlib.closing(open_source(source, format, options)) as episodes:
+        return plan(episodes, None)
+
+
+def plan(source: Source, store: TrajectoryStore | None, progress: Progress | None = None) -> Plan:
+    """Looks at every episode of the source, without reading it, and which of them the store has."""
+    found, seen = Plan(source), set[str]()
+    for index in range(len(source)):
+        try:
+            entry = source.entry(index)
+            if entry.id in seen or (store is not None and store.find(entry.id) is not None):
+                found.known += 1
+            else:
+                found.entries.append((index, entry))
+            seen.add(entry.id)
+        except FormatError as error:
+            found.failed.append((source.name(index), str(error)))
+        if progress is not None:
+            progress(index + 1, len(source), {"new": len(found.entries), "bad": len(found.failed)})
+    return found
+
+
+def run(
+    planned: Plan, store: TrajectoryStore, progress: Progress | None = None, jobs: int = 0, origin: str = ""
+) -> IngestReport:
+    """Carries the plan out; `origin` is what the store's log calls the source. Errors as `ingest`."""
+    planned.require_room(store)
+    report = IngestReport(skipped_known=planned.known, failed=list(planned.failed))
+    scales, before = Scales(store.path), planned.known + len(planned.failed)
+    total = before + len(planned.entries)
+    try:
+        with store.batch():
+            for done, (entry, future) in enumerate(_decoded(planned, jobs), before + 1):
+                try:
+                    _add(future.result(), store, report, scales)
+                except (FormatError, SpecMismatch) as error:
+                    report.failed.append((entry.name, str(error)))
+                if progress is not None:
+                    numbers = {"added": report.added, "failed": len(report.failed), "steps": report.steps}
+                    progress(done, total, numbers)
+    finally:
+        scales.log(origin, report)
+    if progress is not None and not planned.entries:
+        progress(total, total, {"added": 0, "failed": len(report.failed)})
     return report
 
 
-def forecast(source: str | Path, format: str = "auto") -> Forecast:
-    """What ingesting `source` would add, from the files' directories alone; unreadable files count nothing."""
-    files = size = 0
-    for item in _items(Path(source), format):
-        try:
-            size += item.size()
-            files += 1
-        except FormatError:
-            continue
-    return Forecast(files, size)
+def _decoded(planned: Plan, jobs: int) -> Iterator[tuple[Entry, Future[Loaded]]]:
+    """The episodes in their order, some of them being decoded ahead in threads."""
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    pool, ahead, waiting = ThreadPoolExecutor(jobs), deque[tuple[Entry, Future[Loaded]]](), deque(planned.entries)
+    try:
+        while waiting or ahead:
+            while waiting and len(ahead) <= jobs and _fits(ahead, waiting[0][1]):
+                index, entry = waiting.popleft()
+                ahead.append((entry, pool.submit(planned.source.load, index)))
+            yield ahead.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _ingest_one(item: Item, store: TrajectoryStore, report: IngestReport, seen: set[str]) -> None:
-    id = item.identify()
-    if id in seen or store.find(id) is not None:
-        report.skipped_known += 1
-        return
-    trajectory, spec, clipped = item.load()
-    store.append(trajectory, spec)
-    seen.add(id)  # what is appended within a batch is not found before its end
+def _fits(ahead: Sequence[tuple[Entry, Future[Loaded]]], entry: Entry) -> bool:
+    return not ahead or sum(e.bytes for e, _ in ahead) + entry.bytes <= AHEAD_BYTES
+
+
+def _add(loaded: Loaded, store: TrajectoryStore, report: IngestReport, scales: Scales) -> None:
+    trajectory = loaded.trajectory
+    scales.require(trajectory.embodiment, loaded.bounds)
+    try:
+        store.append(trajectory, loaded.spec)
+    except UsageError as error:  # the store has another trajectory with its id
+        raise FormatError(str(error)) from None
     arrays = (*trajectory.observation.values(), trajectory.action, trajectory.discount, trajectory.reward)
     report.added += 1
     report.steps += len(trajectory)
     report.bytes += sum(a.nbytes for a in arrays if a is not None)
-    report.clipped += clipped
+    report.clipped += loaded.clipped
 
 
-def _items(source: Path, format: str) -> list[Item]:
-    if format == "auto":
-        format = "store" if Manifest.exists(source) else "npz"
-    if format not in FORMATS:
-        raise unknown("format", format, ("auto", *FORMATS))
-    if not source.exists():
-        raise UsageError(f"There is nothing to ingest at {source}: no such file or folder.")
-    if not (items := FORMATS[format](source)):
-        raise UsageError(f"There is nothing to ingest at {source}: no {format} in it.")
-    return items
+class Scales:
+    """From which bounds the actions of each embodiment of a store were scaled: for one robot always from the same."""
 
+    def __init__(self, store: Path) -> None:
+        self._path = store / LOG
+        self._known: dict[str, Bounds | None] = {}
+        self._used: dict[str, Bounds | None] = {}
+        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a torn line
+                for embodiment, bounds in json.loads(line)["actions"].items():
+                    self._known[embodiment] = bounds and Bounds(tuple(bounds["low"]), tuple(bounds["high"]))
 
-# The reference's npz
+    def require(self, embodiment: str, bounds: Bounds | None) -> None:
+        """UsageError if the store's actions of that embodiment were scaled otherwise."""
+        known = self._known.setdefault(embodiment, bounds)
+        if (known and (known.low, known.high)) != (bounds and (bounds.low, bounds.high)):
+            ours, theirs = (f"scaled from {b}" if b else "taken as they are" for b in (known, bounds))
+            raise UsageError(
+                f"The actions of {embodiment} in this store were {ours}; these would be {theirs}. Give the same "
+                "--action-low and --action-high, or another --embodiment."
+            )
+        self._used[embodiment] = bounds
 
-
-def _npz_items(source: Path) -> list[Item]:
-    files = [source] if source.is_file() else sorted(p for p in source.rglob("*.npz") if p.is_file())
-    root = source.parent if source.is_file() else source
-    descriptions: dict[Path, _Description | FormatError | None] = {}
-
-    def describe(folder: Path) -> _Description | None:
-        if folder not in descriptions:
-            try:
-                descriptions[folder] = _describe(folder, root)
-            except FormatError as error:
-                descriptions[folder] = error
-        found = descriptions[folder]
-        if isinstance(found, FormatError):
-            raise found
-        return found
-
-    def item(path: Path) -> Item:
-        return Item(
-            str(path.relative_to(root)),
-            lambda: npz.identity(path),
-            lambda: _load_npz(path, describe(path.parent)),
-            lambda: npz.unpacked_bytes(path),
-        )
-
-    return [item(path) for path in files]
-
-
-@dataclass(frozen=True)
-class _Description:
-    """What a folder's spec.json says of its episodes."""
-
-    spec: Spec
-    source: str
-
-
-def _describe(folder: Path, root: Path) -> _Description | None:
-    """The nearest spec.json from `folder` up to `root`."""
-    for place in (folder, *folder.parents):
-        path = place / "spec.json"
-        if path.is_file():
-            try:
-                data = json.loads(path.read_bytes())
-            except (OSError, ValueError) as error:
-                raise FormatError(f"{path} cannot be read: {error}.") from None
-            spec = Spec.from_json(data)
-            return _Description(spec, str(data.get("source", spec.embodiment)))
-        if place == root:
-            break
-    return None
-
-
-def _load_npz(path: Path, description: _Description | None) -> tuple[Trajectory, Spec, bool]:
-    episode = npz.read_npz(path)
-    if description is None:
-        description = _by_folder(path, episode)
-    spec = description.spec
-    if len(spec.observation) != 1:
-        raise FormatError(f"An npz holds one observation; its spec.json has {', '.join(spec.observation)}.")
-    (name,) = spec.observation
-    trajectory = Trajectory(
-        spec.embodiment, {name: episode.observation}, episode.action, episode.discount, episode.reward,
-        source=description.source, id=npz.identity(path),
-    )  # fmt: skip
-    return trajectory, spec, episode.clipped
-
-
-def _by_folder(path: Path, episode: npz.Episode) -> _Description:
-    """What the folders dmcontrol/<domain>/ and metaworld/<task>/ of the paper's pools say."""
-    folders = path.resolve().parent.parts
-    pairs = [pair for pair in itertools.pairwise(folders) if pair[0] in ("dmcontrol", "metaworld")]
-    if not pairs:
-        raise FormatError(
-            f"What robot {path.name} is of is not known: it is neither below dmcontrol/<domain> nor metaworld/<task>. "
-            "Put a spec.json beside it."
-        )
-    benchmark, name = pairs[-1]
-    source = f"dmc/{name}" if benchmark == "dmcontrol" else f"metaworld/{name}"
-    embodiment = source if benchmark == "dmcontrol" else "metaworld/sawyer"
-    image = episode.observation.ndim == 4
-    observation = ArraySpec(episode.observation.shape[1:], str(episode.observation.dtype))
-    spec = Spec(
-        embodiment, {"pixels" if image else "state": observation}, episode.action.shape[1], action_repeat=2,
-        renderer="faithful",
-    )  # fmt: skip
-    return _Description(spec, source)
-
-
-# Another store
-
-
-def _store_items(source: Path) -> list[Item]:
-    other = TrajectoryStore.open(source)
-
-    def item(row: int) -> Item:
-        return Item(
-            f"{source} row {row}",
-            lambda: other.catalog.id(row),
-            lambda: (other.read(row), other.spec(row), False),
-            lambda: sum(v.nbytes for v in other.columns(row).values()),
-        )
-
-    return [item(row) for row in other.rows().tolist()]
-
-
-FORMATS: dict[str, Callable[[Path], list[Item]]] = {"npz": _npz_items, "store": _store_items}
+    def log(self, origin: str, report: IngestReport) -> None:
+        """Adds what was done to the store's log."""
+        if not report.added and not report.failed:
+            return
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "source": origin, "added": report.added,
+            "known": report.skipped_known, "clipped": report.clipped, "failed": report.failed,
+            "actions": {name: bounds and asdict(bounds) for name, bounds in self._used.items()},
+        }  # fmt: skip
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -20,8 +20,8 @@ import pytest
 
 from gsa.errors import FormatError, UsageError
 from gsa.schema import ArraySpec, Spec, Trajectory
+from retrieval.formats.npz import read_npz
 from retrieval.ingest import forecast, ingest, write_npz
-from retrieval.npz import read_npz
 from retrieval.store import TrajectoryStore
 from tests.test_store import assert_same, rich
 from tests.trajectories import counting, counting_spec
@@ -208,7 +208,7 @@ def test_a_store_is_merged_into_another_with_ids_and_stats(tmp_path: Path) -> No
         for i, trajectory in enumerate(stored):
             a.append(trajectory, specs[i % 2])
         b.append(stored[4], specs[0])
-        assert forecast(tmp_path / "a").files == 6
+        assert len(forecast(tmp_path / "a").entries) == 6
         report = ingest(tmp_path / "a", b)
         assert (report.added, report.skipped_known) == (5, 1)
         for trajectory in stored:
@@ -219,18 +219,23 @@ def test_forecast_counts_what_is_there_without_unpacking_it(tmp_path: Path) -> N
     save(tmp_path / "dmcontrol" / "walker", **record())
     (tmp_path / "dmcontrol" / "walker" / "bad.npz").write_bytes(b"PK")
     found = forecast(tmp_path)
-    assert found.files == 1
+    assert (len(found.entries), len(found.failed)) == (1, 1)
     assert (STEPS + 1) * 64 * 64 * 3 < found.bytes < (STEPS + 1) * 64 * 64 * 3 + 5000
 
 
 def test_nothing_to_ingest_is_said(tmp_path: Path, store: TrajectoryStore) -> None:
     with pytest.raises(UsageError, match="no such file"):
         ingest(tmp_path / "nowhere", store)
-    with pytest.raises(UsageError, match="no npz in it"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no file in it"):
         ingest(tmp_path / "empty", store)
-    with pytest.raises(UsageError, match=r"hdf5.*Known: auto, npz, store"):
-        ingest(tmp_path, store, format="hdf5")
+    (tmp_path / "empty" / "a.csv").touch()
+    with pytest.raises(UsageError, match=r"none of .* a LeRobot dataset, .*There is 1 .csv file"):
+        ingest(tmp_path / "empty", store)
+    with pytest.raises(UsageError, match=r"no npz in it. There is 1 .csv file"):
+        ingest(tmp_path / "empty", store, format="npz")
+    with pytest.raises(UsageError, match=r"'hdf'.*Known: auto, exorl, lerobot, minari, npz, robomimic, store"):
+        ingest(tmp_path, store, format="hdf")
 
 
 # Files that are not what they say

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from gsa.errors import FormatError, UsageError
-from gsa.schema import ACTION_SLACK, Trajectory
+from gsa.schema import Trajectory
 from retrieval.files import replace_file
+from retrieval.formats.source import MAX_BYTES
 
-MAX_BYTES = 1 << 30  # of an episode unpacked
 MAX_MEMBERS = 64
 REQUIRED = ("observation", "action", "discount")
 UNREADABLE = (
@@ -44,10 +44,9 @@ class Episode:
     """What a file holds, in our alignment and layout."""
 
     observation: np.ndarray  # [T+1, H, W, 3] uint8 or [T+1, D] float32
-    action: np.ndarray  # [T, A] float32 in [-1, 1]
+    action: np.ndarray  # [T, A] float, as recorded
     discount: np.ndarray  # [T] float32
     reward: np.ndarray | None  # [T] float32
-    clipped: bool  # an action was outside [-1, 1], as simulators clip what they are given
 
 
 def read_npz(path: Path) -> Episode:
@@ -62,28 +61,18 @@ def read_npz(path: Path) -> Episode:
         observation = np.ascontiguousarray(observation.transpose(0, 2, 3, 1))
     else:
         observation = observation.astype(np.float32)
-    action = arrays["action"][1:].astype(np.float32)
-    executed = np.clip(action, -1, 1)  # NaN stays, and is refused by Trajectory
-    return Episode(
-        observation,
-        executed,
-        _scalar(arrays["discount"]),
-        _scalar(arrays["reward"]) if "reward" in arrays else None,
-        bool(np.any(np.abs(action) > 1 + ACTION_SLACK)),
-    )
+    reward = _scalar(arrays["reward"]) if "reward" in arrays else None
+    return Episode(observation, arrays["action"][1:], _scalar(arrays["discount"]), reward)
 
 
-def identity(path: Path) -> str:
-    """An id made from the checksums of the file's content, which its directory holds: nothing is unpacked."""
+def directory(path: Path) -> tuple[str, int]:
+    """What the file's directory says, with nothing unpacked: an id made from the checksums of its content, and about
+    how many bytes the episode takes in a store."""
     with _opened(path) as archive:
         members = sorted((m.filename, m.CRC, m.file_size) for m in archive.infolist())
-    return hashlib.blake2b(repr(members).encode(), digest_size=16).hexdigest()
-
-
-def unpacked_bytes(path: Path) -> int:
-    """What the episode takes in a store, about."""
-    with _opened(path) as archive:
-        return sum(m.file_size for m in archive.infolist())
+    known = {f"{name}.npy" for name in (*REQUIRED, "reward")}
+    size = sum(size for name, _, size in members if name in known)
+    return hashlib.blake2b(repr(members).encode(), digest_size=16).hexdigest(), size
 
 
 def write_npz(path: str | Path, trajectory: Trajectory, with_reward: bool = False) -> None:
