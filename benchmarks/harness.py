@@ -28,8 +28,13 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def interleaved(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each rival in each round, in turns, so that the machine's moods fall on all. Round 0 is left out."""
+def interleaved(
+    rivals: Mapping[str, Callable[[], object]], rounds: int, settle_s: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each rival in each round, in turns, so that the machine's moods fall on all. Round 0 is left out.
+
+    After each turn `settle_s` pass, for rivals whose processes work on in the background.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
         for name, call in rivals.items():
@@ -37,6 +42,7 @@ def interleaved(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict
             call()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+            time.sleep(settle_s)
     return seconds
 
 
@@ -47,6 +53,10 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 def at_least(value: float, goal: float) -> dict[str, Any]:
     return {"value": round(value, 3), "goal": f">= {goal}", "holds": bool(value >= goal)}
+
+
+def at_most(value: float, goal: float) -> dict[str, Any]:
+    return {"value": round(value, 3), "goal": f"<= {goal}", "holds": bool(value <= goal)}
 
 
 def finish(

@@ -42,7 +42,7 @@ class LocalRun:
 
     def __init__(self, config: FinetuneConfig, run: Path) -> None:
         self.config, self.run = config, run
-        self.replay = parts.replay_service(config, run, buffers=2)
+        self.replay = parts.replay_service(config, run)
         self.tuner = parts.fine_tuner(config, run)
         self.broadcast = MemoryBroadcast()
         self._publisher = self.broadcast.publisher()

@@ -82,10 +82,10 @@ def unique_name(run: Path) -> str:
     return re.sub(r"[^\w.+-]", "-", run.name) + "-" + secrets.token_hex(4)
 
 
-def replay_service(config: FinetuneConfig, run: Path, buffers: int = 1) -> ReplayService:
+def replay_service(config: FinetuneConfig, run: Path) -> ReplayService:
     """The service over the run's online store, created if it is not there, and the pool's rehearsal set.
 
-    A batch of it is good for `buffers` calls of `sample`: over Ray, until it is in the object store.
+    A batch of it is good until the next `sample` in the same thread: over Ray, until it is in the object store.
     """
     online = run / "online"
     store = TrajectoryStore.open(online, write=True) if online.exists() else TrajectoryStore.create(online)
@@ -98,7 +98,7 @@ def replay_service(config: FinetuneConfig, run: Path, buffers: int = 1) -> Repla
         rows = np.array(RehearsalSet.load(run / "rehearsal.json").rows, np.int64)
     settings = config.replay(spec.action_repeat, steps)
     max_action_dim = Architecture.load(run).model.max_action_dim
-    return ReplayService(settings, store, spec, pool, rows, max_action_dim, config.seed, buffers)
+    return ReplayService(settings, store, spec, pool, rows, max_action_dim, config.seed, buffers=1)
 
 
 def fine_tuner(config: FinetuneConfig, run: Path) -> FineTuner:
