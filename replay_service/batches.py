@@ -126,29 +126,32 @@ def cut(
     if out is None:
         specs = [stores[ref.store].spec(ref.trajectory) for ref in refs]
         out = empty_batch(len(refs), length, shared_observation(specs, max_action_dim), max_action_dim)
-    out.is_first[:] = False
+    for array in (out.previous_action, out.action_mask, out.reward, out.reward_mask, out.discount, out.is_first):
+        array[:] = 0
     out.is_first[:, 0] = True
+    out.discount[:, 0] = 1
+    out.valid[:] = np.arange(length) < np.array([[len(ref)] for ref in refs])
     for b, ref in enumerate(refs):
         _cut_row(stores[ref.store], ref, ref.store in reward_from, out, b)
     return dataclasses.replace(out, refs=tuple(refs))
 
 
 def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: Batch, b: int) -> None:
-    n = len(ref)
-    before = min(ref.start, 1)  # one step earlier, for the reward that led to row 0
-    views = store.slice(ref.trajectory, ref.start - before, ref.stop)
-    for name, rows in out.observation.items():
-        rows[b, :n], rows[b, n:] = views[name][before:], 0
-    action = views["action"][before:]
-    dim = action.shape[1]
-    out.previous_action[b] = 0
-    out.previous_action[b, 1:n, :dim] = action
-    out.action_mask[b, :dim], out.action_mask[b, dim:] = 1, 0
-    out.discount[b, 0], out.discount[b, 1:n], out.discount[b, n:] = 1, views["discount"][before:], 0
-    out.valid[b, :n], out.valid[b, n:] = True, False
-    out.reward[b], out.reward_mask[b] = 0, False
-    if with_reward and "reward" in views:
-        out.reward[b, 1 - before : n], out.reward_mask[b, 1 - before : n] = views["reward"], True
+    n, start = len(ref), ref.start
+    dim = store.spec(ref.trajectory).action_dim
+    wanted = {name: (start, rows[b, :n]) for name, rows in out.observation.items()}
+    if n < out.valid.shape[1]:
+        for rows in out.observation.values():
+            rows[b, n:] = 0
+    if n > 1:
+        wanted["action"] = start, out.previous_action[b, 1:n, :dim]
+        wanted["discount"] = start, out.discount[b, 1:n]
+    out.action_mask[b, :dim] = 1
+    if with_reward and store.catalog.has(ref.trajectory, "reward"):
+        first = 1 - min(start, 1)  # the reward that led to row 0 is one step earlier, if there is one
+        wanted["reward"] = start + first - 1, out.reward[b, first:n]
+        out.reward_mask[b, first:n] = True
+    store.copy(ref.trajectory, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

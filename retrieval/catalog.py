@@ -1,37 +1,43 @@
 """The catalog: one row a trajectory. Columns in memory; on disk a log (log.py) and, to open fast, its snapshot.
 
-The log is the truth. The snapshot, `catalog.arrow`, holds the rows of the log's first `log_bytes` bytes as columns;
-it can be deleted at any time.
+The log is the truth. The snapshot, `catalog.snapshot`, holds the rows of the log's first `log_bytes` bytes as columns;
+it can be deleted at any time. It is a line of JSON (versions, what it stands for, names, dtypes and lengths of the
+columns), the columns as they lie in memory, each on a multiple of 64 bytes, and a CRC-32 of all that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from gsa.errors import FormatError
 from retrieval.files import replace_file
 from retrieval.layout import has_column
 from retrieval.log import Log, Record
-from retrieval.shard import Extent
+from retrieval.ragged import Ragged, Rows
+from retrieval.shard import Extent, map_file
 
-SNAPSHOT_VERSION = b"1"
+SNAPSHOT_VERSION = 1
+ALIGN = 64
 COLUMNS = {
     "length": np.dtype(np.int32),  # T, agent steps
     "embodiment": np.dtype(np.int16),  # index into the store's specs; -1 where the row is lost
     "source_code": np.dtype(np.int32),  # index into `sources`
     "has": np.dtype(np.uint8),  # which optional arrays there are, as bits
     "crc": np.dtype(np.uint32),  # of the content
+    "stored_crc": np.dtype(np.uint32),  # of its bytes in the shard
     "shard": np.dtype(np.int32),
     "start": np.dtype(np.int64),
     "end": np.dtype(np.int64),
 }
+RAGGED = ("id", "stats", "offsets")
 READABLE = "readable"  # beside them, not kept on disk: False where a row is known, but lost
 
 
@@ -47,8 +53,8 @@ class Catalog:
         self.sources: list[str] = []
         self._source_codes: dict[str, int] = {}
         self._columns = {name: np.zeros(64, dtype) for name, dtype in (COLUMNS | {READABLE: np.dtype(bool)}).items()}
-        self._ragged = _Ragged(None)
-        self._rows_by_id: dict[str, int] | None = None  # made when it is first needed
+        self._ragged = {name: Ragged() for name in RAGGED}
+        self._rows_by_id: Rows | None = None  # made when it is first needed
 
     def __len__(self) -> int:
         return self.rows
@@ -82,13 +88,13 @@ class Catalog:
         return self._columns[name][: self.rows]
 
     def id(self, row: int) -> str:
-        return self._ragged.id(row)
+        return self._ragged["id"][row].decode("utf-8", "surrogatepass")
 
     def source(self, row: int) -> str:
         return self.sources[self._columns["source_code"][row]]
 
     def stats(self, row: int) -> dict[str, float]:
-        return self._ragged.stats(row)
+        return dict(json.loads(self._ragged["stats"][row]))
 
     def has(self, row: int, name: str) -> bool:
         """Whether the trajectory has that array."""
@@ -96,13 +102,13 @@ class Catalog:
 
     def extent(self, row: int) -> Extent:
         start, end = int(self._columns["start"][row]), int(self._columns["end"][row])
-        return Extent(start, end, tuple(self._ragged.offsets(row)))
+        return Extent(start, end, _unpack(self._ragged["offsets"][row]))
 
     def find(self, id: str) -> int | None:
         """The readable row with that id."""
         if self._rows_by_id is None:
-            self._rows_by_id = {known: row for row, known in enumerate(self._ragged.ids())}
-        row = self._rows_by_id.get(id)
+            self._rows_by_id = Rows(self._ragged["id"])
+        row = self._rows_by_id.find(_utf8(id))
         return row if row is not None and self._columns[READABLE][row] else None
 
     def fingerprint(self, rows: int) -> str:
@@ -120,7 +126,9 @@ class Catalog:
             self._append(record, code)
         elif self._columns["embodiment"][record.row] < 0:
             self._set(record, code)
-            self._ragged.replace(record)
+            for name, value in _ragged_values(record):
+                self._ragged[name].replace(record.row, value)
+            self._rows_by_id = None
 
     def record(self, row: int, embodiments: Sequence[str]) -> Record:
         """The row as the log has it."""
@@ -128,59 +136,83 @@ class Catalog:
         code = number["embodiment"]
         return Record(
             row, self.id(row), embodiments[code] if code >= 0 else "", self.source(row), number["length"],
-            number["has"], number["crc"], number["shard"], number["start"], number["end"],
-            tuple(self._ragged.offsets(row)), self.stats(row),
+            number["has"], number["crc"], number["stored_crc"], number["shard"], number["start"], number["end"],
+            self.extent(row).offsets, self.stats(row),
         )  # fmt: skip
 
     @property
     def rows_since_snapshot(self) -> int:
-        return len(self._ragged.tail)
+        return self._ragged["id"].appended
 
     def save(self, path: Path, log: Log) -> None:
         """Writes the snapshot, which stands for the log as it is now."""
-        ragged = self._ragged.table().combine_chunks()
-        columns = {name: pa.array(self.column(name)) for name in COLUMNS}
-        table = pa.table(columns | {name: ragged[name] for name in ragged.column_names})
-        meta = {
-            b"version": SNAPSHOT_VERSION,
-            b"log_bytes": str(log.position).encode(),
-            b"log_end": log.before(log.position),
-            b"sources": json.dumps(self.sources).encode(),
-            b"crc": str(_crc(table)).encode(),
-        }
-        with replace_file(path) as file, pa.ipc.new_file(file, table.schema.with_metadata(meta)) as writer:
-            writer.write_table(table.replace_schema_metadata(meta))
-        self._ragged = _Ragged(_read(path))  # what was in memory is now on disk
+        columns: dict[str, list[np.ndarray]] = {name: [self.column(name)] for name in COLUMNS}
+        for name, ragged in self._ragged.items():
+            columns[f"{name}_ends"], columns[name] = ragged.parts()
+        about = {
+            "version": SNAPSHOT_VERSION, "log_bytes": log.position, "log_end": log.before(log.position).hex(),
+            "sources": self.sources,
+            "columns": [[k, _dtype(k).str, sum(map(len, parts))] for k, parts in columns.items()],
+        }  # fmt: skip
+        with replace_file(path) as file:
+            file.write(json.dumps(about).encode() + b"\n")
+            for parts in columns.values():
+                file.write(bytes(-file.tell() % ALIGN))
+                for part in filter(len, parts):
+                    file.write(part)
+            file.write(struct.pack("<I", file.crc))
+        _, mapped = _read(path)
+        self._map(mapped)  # what was in memory is now on disk
 
     @classmethod
     def load(cls, path: Path, log: Log) -> Catalog:
         """The catalog of a snapshot; the log is to be read on from there. FormatError where it cannot be used."""
         try:
-            table = _read(path)
-            meta = table.schema.metadata
-            if meta[b"version"] != SNAPSHOT_VERSION or int(meta[b"crc"]) != _crc(table):
-                raise FormatError(f"{path} is damaged or of another version.")
-            position = int(meta[b"log_bytes"])
-            if log.size() >= position and log.before(position) != meta[b"log_end"]:
+            about, columns = _read(path)
+            position, end = int(about["log_bytes"]), bytes.fromhex(about["log_end"])
+            if log.size() >= position and log.before(position) != end:
                 raise FormatError(f"{path} stands for another log.")
             catalog = cls()
-            for source in json.loads(meta[b"sources"]):
-                catalog._source_code(source)
-            catalog._columns = {name: table[name].to_numpy().astype(dtype) for name, dtype in COLUMNS.items()}
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path} cannot be read: {error}.") from None
+            for source in about["sources"]:
+                catalog._source_code(str(source))
+            catalog._columns = {name: columns[name].copy() for name in COLUMNS}
+            catalog.rows = len(columns["length"])
+            catalog._map(columns)
+            catalog._check()
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            raise FormatError(f"{path} cannot be read: {error!r}.") from None
         catalog._columns[READABLE] = catalog._columns["embodiment"] >= 0
-        catalog.rows, catalog._ragged, log.position = len(table), _Ragged(table), position
+        log.position = position
         return catalog
+
+    def _map(self, columns: dict[str, np.ndarray]) -> None:
+        for name in RAGGED:
+            self._ragged[name] = Ragged(columns[f"{name}_ends"], columns[name])
+        if self._rows_by_id is not None:
+            self._rows_by_id.values = self._ragged["id"]
+
+    def _check(self) -> None:
+        """Raises ValueError where the columns of a snapshot cannot be those of a catalog."""
+        lengths = {len(column) for column in self._columns.values()} | {len(r) for r in self._ragged.values()}
+        if lengths != {self.rows}:
+            raise ValueError("columns of unequal length")
+        least = {"length": 0, "source_code": 0, "embodiment": -1, "shard": -1, "start": 0, "end": 0}
+        if any(np.any(self._columns[name] < low) for name, low in least.items()):
+            raise ValueError("a number is out of its range")
+        if np.any(self._columns["source_code"] >= max(len(self.sources), 1)):
+            raise ValueError("a source without a name")
+        for ragged in self._ragged.values():
+            ragged.check()
 
     def _append(self, record: Record, code: int) -> None:
         if self.rows == len(self._columns[READABLE]):
             room = max(64, self.rows // 2)
             self._columns = {k: np.concatenate([v, np.zeros(room, v.dtype)]) for k, v in self._columns.items()}
         self._set(record, code)
-        self._ragged.append(record)
+        for name, value in _ragged_values(record):
+            self._ragged[name].append(value)
         if self._rows_by_id is not None:
-            self._rows_by_id[record.id] = record.row
+            self._rows_by_id.add(_utf8(record.id), record.row)
         self.rows += 1  # last: who reads in another thread sees the row whole or not at all
 
     def _set(self, record: Record, code: int) -> None:
@@ -190,6 +222,7 @@ class Catalog:
         columns["source_code"][row] = self._source_code(record.source)
         columns["has"][row] = record.has
         columns["crc"][row] = record.crc
+        columns["stored_crc"][row] = record.stored_crc
         columns["shard"][row] = record.shard
         columns["start"][row] = record.start
         columns["end"][row] = record.end
@@ -202,66 +235,48 @@ class Catalog:
         return self._source_codes[source]
 
 
-class _Ragged:
-    """What has no fixed size: id, stats and offsets. The rows of the snapshot stay on disk, mapped; `tail` are those
-    after it."""
-
-    def __init__(self, snapshot: pa.Table | None) -> None:
-        self.tail: list[Record] = []
-        self._first = 0 if snapshot is None else len(snapshot)
-        self._snapshot = None if snapshot is None else snapshot.select(["id", "stats", "offsets"]).combine_chunks()
-        if self._snapshot is not None and self._first:
-            (lists,) = self._snapshot["offsets"].chunks
-            self._bounds, self._values = lists.offsets.to_numpy(), lists.values.to_numpy()
-
-    def id(self, row: int) -> str:
-        return self.tail[row - self._first].id if row >= self._first else self._of_snapshot("id", row)
-
-    def stats(self, row: int) -> dict[str, float]:
-        if row >= self._first:
-            return dict(self.tail[row - self._first].stats)
-        return json.loads(self._of_snapshot("stats", row))
-
-    def offsets(self, row: int) -> Sequence[int]:
-        if row >= self._first:
-            return self.tail[row - self._first].offsets
-        return self._values[self._bounds[row] : self._bounds[row + 1]].tolist()
-
-    def ids(self) -> list[str]:
-        known = [] if self._snapshot is None else self._snapshot["id"].to_pylist()
-        return known + [record.id for record in self.tail]
-
-    def append(self, record: Record) -> None:
-        self.tail.append(record)
-
-    def replace(self, record: Record) -> None:
-        """Only of rows after the snapshot: it is written when nothing is in doubt."""
-        if record.row >= self._first:
-            self.tail[record.row - self._first] = record
-
-    def table(self) -> pa.Table:
-        tail = pa.table(
-            {
-                "id": pa.array([record.id for record in self.tail], pa.large_string()),
-                "stats": pa.array([json.dumps(dict(record.stats)) for record in self.tail], pa.large_string()),
-                "offsets": pa.array([record.offsets for record in self.tail], pa.large_list(pa.int64())),
-            }
-        )
-        return tail if self._snapshot is None else pa.concat_tables([self._snapshot, tail])
-
-    def _of_snapshot(self, name: str, row: int) -> str:
-        assert self._snapshot is not None
-        return self._snapshot[name][row].as_py()
+def snapshot_problem(path: Path) -> str:
+    """What is wrong with the bytes of a snapshot; nothing if they are as written."""
+    try:
+        _read(path)
+        return ""
+    except (FormatError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return str(error)
 
 
-def _read(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
+def _ragged_values(record: Record) -> tuple[tuple[str, bytes], ...]:
+    offsets = struct.pack(f"<{len(record.offsets)}q", *record.offsets)
+    return ("id", _utf8(record.id)), ("stats", json.dumps(dict(record.stats)).encode()), ("offsets", offsets)
 
 
-def _crc(table: pa.Table) -> int:
-    buffers = (b for column in table.columns for chunk in column.chunks for b in chunk.buffers() if b is not None)
-    crc = 0
-    for buffer in buffers:
-        crc = zlib.crc32(buffer, crc)
-    return crc
+def _utf8(id: str) -> bytes:
+    return id.encode("utf-8", "surrogatepass")  # any text that JSON can hold
+
+
+def _unpack(offsets: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(offsets) // 8}q", offsets)
+
+
+def _dtype(name: str) -> np.dtype:
+    """Of a column of the snapshot."""
+    return COLUMNS[name] if name in COLUMNS else np.dtype(np.int64 if name.endswith("_ends") else np.uint8)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a snapshot says of itself, and its columns, mapped. FormatError or ValueError where it is damaged."""
+    memory = map_file(path)
+    whole = memoryview(memory)[:-4]
+    if zlib.crc32(whole) != int.from_bytes(memoryview(memory)[-4:], "little"):
+        raise FormatError(f"{path} is damaged.")
+    end = memory.find(b"\n") + 1
+    about = json.loads(whole[:end].tobytes())
+    if about["version"] != SNAPSHOT_VERSION:
+        raise FormatError(f"{path} is of another version.")
+    columns = {}
+    for name, dtype, count in about["columns"]:
+        if np.dtype(dtype) != _dtype(name) or type(count) is not int or count < 0:
+            raise FormatError(f"{path} has a column {name} of {dtype}.")
+        end += -end % ALIGN
+        columns[name] = np.ndarray((count,), _dtype(name), memory, end)
+        end += columns[name].nbytes
+    return about, columns

@@ -6,32 +6,38 @@ import contextlib
 import fcntl
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gsa.errors import UsageError
 
 
 class WholeFile(io.FileIO):
-    """An unbuffered file whose `write` writes all or raises: a disk that fills up is not taken for success."""
+    """An unbuffered file whose `write` writes all or raises: a disk that fills up is not taken for success.
+
+    `crc` is the CRC-32 of what was written since it was last set to 0.
+    """
+
+    crc = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         total = len(view)
+        self.crc = zlib.crc32(view, self.crc)
         while view:
             view = view[super().write(view) or 0 :]
         return total
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[IO[bytes]]:
+def replace_file(path: Path) -> Iterator[WholeFile]:
     """A file to write that takes the place of `path`, durably, when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with WholeFile(temporary, "w") as file:
             yield file
-            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

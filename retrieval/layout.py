@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from gsa.schema import Spec, Trajectory
 CODECS = ("none", "lz4", "zstd")
 OPTIONAL = ("reward", "controller", "policy_version")  # bit i of `has` says whether a trajectory has the i-th
 SPEC_KEY = b"gsa:spec"
+MAX_STEP_BYTES = 64 << 20  # of all arrays at one step: more is refused before memory is taken
+MAX_BYTES = 4 << 30  # of a trajectory, uncompressed
+CHUNK_BYTES, MAX_CHUNK_ROWS = 200_000, 1024  # of a record batch in a compressed shard, before compression
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Column:
         primitive = pa.from_numpy_dtype(self.dtype)
         return pa.fixed_shape_tensor(primitive, self.shape) if self.shape else primitive
 
+    @property
+    def step_bytes(self) -> int:
+        """Of its value at one step."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
     def rows(self, steps: int) -> int:
         """Rows that a trajectory of `steps` agent steps has: T+1 for an observation, T for the others."""
         return steps + self.is_observation
@@ -44,13 +54,27 @@ class Layout:
     spec: Spec
     columns: tuple[Column, ...]
     schema: pa.Schema
+    place: Mapping[str, int]  # column name → its place among the columns
+    buffers: tuple[int, ...]  # by column: which of a record batch's buffers holds its values
+    chunk_rows: int  # of a record batch in a compressed shard: a slice decompresses little more than itself
 
     @classmethod
     def of(cls, spec: Spec) -> Layout:
         """Raises FormatError for a spec that cannot be stored."""
         columns = _columns(spec)
+        step_bytes = sum(c.step_bytes for c in columns)
+        if step_bytes > MAX_STEP_BYTES:
+            raise FormatError(f"{spec.embodiment}: a step of {step_bytes} bytes; at most {MAX_STEP_BYTES} are stored.")
         fields = [pa.field(c.name, c.arrow_type) for c in columns]
-        return cls(spec, columns, pa.schema(fields, metadata={SPEC_KEY: json.dumps(spec.to_json()).encode()}))
+        schema = pa.schema(fields, metadata={SPEC_KEY: json.dumps(spec.to_json()).encode()})
+        # Arrow keeps a validity buffer before the values; a tensor has one of its own before its elements' two.
+        ends = itertools.accumulate(3 if c.shape else 2 for c in columns)
+        place = {c.name: i for i, c in enumerate(columns)}
+        chunk_rows = min(max(CHUNK_BYTES // step_bytes, 1), MAX_CHUNK_ROWS)
+        return cls(spec, columns, schema, place, tuple(end - 1 for end in ends), chunk_rows)
+
+    def column(self, name: str) -> Column:
+        return self.columns[self.place[name]]
 
     def checksum(self, arrays: Mapping[str, np.ndarray]) -> int:
         """CRC-32 of a trajectory's content, whatever the codec."""

@@ -17,6 +17,13 @@ from pathlib import Path
 from retrieval.files import WholeFile, replace_file
 from retrieval.shard import Extent
 
+MAX_LINE = 64 << 20  # bytes: a log without an end of line does not fill memory
+MIN_LINE = 64  # no line is shorter, so that a row's number is bounded by the log's length
+LIMITS = {
+    "row": (0, 2**62), "length": (0, 2**31), "has": (0, 2**8), "crc": (0, 2**32), "stored_crc": (0, 2**32),
+    "shard": (-1, 2**31), "start": (0, 2**62), "end": (0, 2**62),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -28,7 +35,8 @@ class Record:
     source: str = ""
     length: int = 0
     has: int = 0
-    crc: int = 0
+    crc: int = 0  # of the content
+    stored_crc: int = 0  # of the bytes in the shard
     shard: int = -1
     start: int = 0
     end: int = 0
@@ -50,11 +58,26 @@ class Record:
         if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
             return None
         try:
-            data = json.loads(text.decode())
-            data["offsets"] = tuple(data["offsets"])
-            return cls(**data)
-        except (ValueError, TypeError, KeyError):
+            return cls.of(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
             return None
+
+    @classmethod
+    def of(cls, data: Mapping[str, object]) -> Record:
+        """The record of a JSON object from a file. ValueError or TypeError where it is none."""
+        offsets, stats = data.get("offsets", []), data.get("stats", {})
+        if not isinstance(offsets, list) or not isinstance(stats, dict):
+            raise TypeError("not a record")
+        record = cls(**{**data, "offsets": tuple(offsets), "stats": stats})  # type: ignore[arg-type]
+        numbers = [(getattr(record, name), *limits) for name, limits in LIMITS.items()]
+        numbers += [(offset, 0, 2**62) for offset in offsets]
+        if not all(type(n) is int and low <= n < high for n, low, high in numbers):
+            raise ValueError("a number is out of its range")
+        if not all(type(text) is str for text in (record.id, record.embodiment, record.source, *stats)):
+            raise TypeError("a text is none")
+        if not all(type(value) in (int, float) for value in stats.values()):
+            raise TypeError("a statistic is not a number")
+        return record
 
 
 class Log:
@@ -67,14 +90,18 @@ class Log:
     def read(self) -> Iterator[tuple[Record | None, int]]:
         """Each whole line after `position`, as (record, its first byte); None for a damaged one. A torn last line
         is not read: it may still be growing."""
+        for line, start in self.lines(self.position):
+            self.position = start + len(line)
+            record = Record.parse(line)
+            yield record if record is None or record.row * MIN_LINE <= start else None, start
+
+    def lines(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
+        """The lines from byte `start` on that have an end, each with its first byte."""
         with self.path.open("rb") as file:
-            file.seek(self.position)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                start = self.position
-                self.position += len(line)
-                yield Record.parse(line), start
+            file.seek(start)
+            while (line := file.readline(MAX_LINE)) and (line.endswith(b"\n") or len(line) == MAX_LINE):
+                yield line, start
+                start += len(line)
 
     def size(self) -> int:
         return os.stat(self.path).st_size

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import uuid
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gsa.errors import FormatError, UsageError
 from gsa.schema import Spec
@@ -17,6 +19,7 @@ from retrieval.layout import Layout, require_codec
 FORMAT = "gsa-store"
 VERSION = 1
 NAME = "store.json"
+MAX_BYTES = 16 << 20  # of store.json
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Manifest:
         """Raises UsageError where there is no store, FormatError where it is not one that this version reads."""
         path = folder / NAME
         try:
-            data = json.loads(path.read_bytes())
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES)
+            data = json.loads(text)
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(f"There is no trajectory store at {folder}: it has no {NAME}.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} cannot be read: {error}.") from None
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise FormatError(f"{path} is not of a trajectory store.")
@@ -57,9 +62,13 @@ class Manifest:
                 "Use the GSA that wrote it, or export it from there."
             )
         try:
+            if data["crc"] != _crc(data):
+                raise FormatError("it does not have its checksum")
             specs = [Spec.from_json(spec) for spec in data["embodiments"]]
+            if len({s.embodiment for s in specs}) < len(specs):
+                raise FormatError("it has an embodiment twice")
             return cls(str(data["id"]), require_codec(data["codec"]), {s.embodiment: s for s in specs})
-        except (KeyError, TypeError, UsageError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, UsageError, FormatError) as error:
             raise FormatError(f"{path} is damaged: {error}.") from None
 
     def save(self, folder: Path) -> None:
@@ -68,7 +77,7 @@ class Manifest:
             "embodiments": [spec.to_json() for spec in self.specs.values()],
         }  # fmt: skip
         with replace_file(folder / NAME) as file:
-            file.write(json.dumps(data, indent=1).encode())
+            file.write(json.dumps(data | {"crc": _crc(data)}, indent=1).encode())
 
     def reload(self, folder: Path) -> None:
         """Picks up the embodiments that another process entered."""
@@ -95,3 +104,8 @@ class Manifest:
                 f"'{spec.renderer}': their pixels differ.",
                 stacklevel=3,
             )
+
+
+def _crc(data: Mapping[str, Any]) -> int:
+    """CRC-32 of what store.json says, however it is indented."""
+    return zlib.crc32(json.dumps({k: v for k, v in data.items() if k != "crc"}, sort_keys=True).encode())

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from gsa.errors import FormatError
-from retrieval.catalog import Catalog
+from retrieval.catalog import Catalog, snapshot_problem
 from retrieval.files import is_locked
 from retrieval.log import Log, Record
 from retrieval.manifest import Manifest
-from retrieval.shard import is_finished, map_file, read_columns, scan, spec_of
+from retrieval.shard import footer_problem, is_finished, map_file, read_columns, scan, spec_of
 
-LOG, SNAPSHOT = "catalog.log", "catalog.arrow"
+LOG, SNAPSHOT = "catalog.log", "catalog.snapshot"
+MIN_TRAJECTORY = 256  # bytes: no trajectory takes fewer in a shard, so that row numbers in notes are bounded
 
 
 def load_catalog(folder: Path, manifest: Manifest, repair: bool) -> tuple[Catalog, Log, list[str]]:
@@ -27,7 +28,7 @@ def load_catalog(folder: Path, manifest: Manifest, repair: bool) -> tuple[Catalo
         log = Log(folder / LOG)
     except OSError as error:
         raise FormatError(f"The store {folder} has no readable {LOG}: {error.strerror}.") from None
-    catalog, notes = _snapshot(folder, log)
+    catalog, notes = _snapshot(folder, log, manifest)
     notes += read_log(catalog, log, manifest, folder)
     if repair:
         notes += _repair(folder, catalog, log, manifest, damaged=bool(notes))
@@ -51,12 +52,17 @@ def read_log(catalog: Catalog, log: Log, manifest: Manifest, folder: Path) -> li
     return notes
 
 
-def _snapshot(folder: Path, log: Log) -> tuple[Catalog, list[str]]:
+def _snapshot(folder: Path, log: Log, manifest: Manifest) -> tuple[Catalog, list[str]]:
     if not (folder / SNAPSHOT).exists():
         return Catalog(), []
     try:
         catalog = Catalog.load(folder / SNAPSHOT, log)
+        if catalog.embodiment.max(initial=-1) >= len(manifest.specs):
+            manifest.reload(folder)
+        if catalog.embodiment.max(initial=-1) >= len(manifest.specs):
+            raise FormatError(f"{folder / SNAPSHOT} has an embodiment that the store does not know.")
     except FormatError:
+        log.position = 0
         return Catalog(), []  # nothing is lost: the log has it all
     shorter = log.size() < log.position
     return catalog, [f"Damaged: {LOG} is shorter than its snapshot."] if shorter else []
@@ -82,6 +88,27 @@ def _repair(folder: Path, catalog: Catalog, log: Log, manifest: Manifest, damage
     return notes + cut_unfinished(folder, catalog)
 
 
+def faults(folder: Path, catalog: Catalog, log: Log, manifest: Manifest) -> list[str]:
+    """What is wrong around the trajectories: in the log, its snapshot, the ends of shards. Reads all of it."""
+    lines = [at for line, at in log.lines() if Record.parse(line) is None]
+    remedy = f"Opening the store for writing without {SNAPSHOT} repairs it."
+    found = [f"Damaged: the line at byte {at} of {LOG}. {remedy}" for at in lines]
+    if (folder / SNAPSHOT).exists() and (problem := snapshot_problem(folder / SNAPSHOT)):
+        found.append(f"Damaged: {problem} It is not used and may be deleted.")
+    if is_locked(folder):
+        return found  # what its writer is at is not yet whole
+    for shard, end in _catalogued_ends(folder, catalog).items():
+        path = shard_path(folder, shard)
+        size = file_size(path)
+        if end < size and not is_finished(path, end):
+            found.append(
+                f"Damaged: the last {size - end} bytes of shards/{path.name} are neither trajectory nor footer."
+            )
+        elif end < size and (problem := footer_problem(path)):
+            found.append(f"Damaged: the Arrow footer of shards/{path.name}: {problem}.")
+    return found
+
+
 def mark_lost(catalog: Catalog, folder: Path) -> list[str]:
     """Marks the rows whose shard ends before they do as unreadable; says which."""
     shards = catalog.column("shard")
@@ -101,10 +128,11 @@ def found_again(folder: Path, catalog: Catalog, manifest: Manifest, whole: bool)
     """
     ends = _catalogued_ends(folder, catalog)
     records: dict[int, Record] = {}
+    most = len(catalog) + sum(file_size(shard_path(folder, shard)) for shard in ends) // MIN_TRAJECTORY
     for shard in sorted(ends):
         for record in _uncatalogued(shard_path(folder, shard), shard, manifest, 0 if whole else ends[shard]):
             known = record.row < len(catalog) and catalog.column("shard")[record.row] >= 0
-            if not known:
+            if not known and record.row < most:
                 records[record.row] = record
     return [records[row] for row in sorted(records)]
 
@@ -167,9 +195,10 @@ def _uncatalogued(path: Path, shard: int, manifest: Manifest, start: int) -> Ite
     if spec is None or spec.embodiment not in manifest.specs:
         return
     layout, codec = manifest.layouts[manifest.code(spec.embodiment)], manifest.codec
-    for note, extent in scan(path, layout, start, codec):
+    for note, extent, stored in scan(path, layout, start, codec):
+        place = {"shard": shard, "stored_crc": stored, "start": extent.start, "end": extent.end}
         try:
-            record = Record(**note, shard=shard, start=extent.start, end=extent.end, offsets=extent.offsets)
+            record = Record.of({**note, **place, "offsets": list(extent.offsets)})
             content = read_columns(map_file(path), layout, record.length, record.has, extent, codec)
         except (FormatError, TypeError, ValueError):
             return

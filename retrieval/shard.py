@@ -3,7 +3,7 @@
 A trajectory of T steps is T+1 rows: row t holds observation t and, for t < T, what was done after seeing it. The last
 row's action, discount, … are null. Without a codec a trajectory is one record batch, so each of its columns is one
 run of bytes in the file, and whoever knows where it starts reads any slice without Arrow. With a codec a trajectory
-is cut into record batches of CHUNK_ROWS rows, so that a slice decompresses little more than itself.
+is cut into record batches of `Layout.chunk_rows` rows, each buffer of which is decompressed on its own.
 
 The first record batch of a trajectory carries a note (JSON, custom metadata) that says what the catalog says: a
 shard alone suffices to rebuild its part of the catalog. A shard whose writer died has no Arrow footer; it is still
@@ -16,6 +16,8 @@ import json
 import math
 import mmap
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +28,15 @@ import pyarrow as pa
 
 from gsa.errors import FormatError
 from gsa.schema import Spec, Trajectory
+from retrieval import message
 from retrieval.files import WholeFile
-from retrieval.layout import SPEC_KEY, Column, Layout, arrays_of, has_column, require_codec
+from retrieval.layout import MAX_BYTES, SPEC_KEY, Column, Layout, arrays_of, has_column, require_codec
 
-CHUNK_ROWS = 64  # rows of a record batch in a compressed shard
+Wanted = Mapping[str, tuple[int, np.ndarray]]  # column → (first row, array [n, …] for n rows from there on)
 MAGIC_BYTES = 8  # "ARROW1" and padding, before the first message
-CONTINUATION = b"\xff\xff\xff\xff"  # begins every Arrow message
 NOTE_KEY = b"gsa:trajectory"
+_SIZE = struct.Struct("<q")
+_CODECS = {name: pa.Codec(name) for name in ("lz4", "zstd")}
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,26 @@ class ShardWriter:
         self.writer = pa.ipc.new_file(self.file, layout.schema, options=options)
         self.end = 0  # whole trajectories end here
 
-    def write(self, trajectory: Trajectory, note: bytes) -> Extent:
-        """Appends a trajectory; it has reached the operating system, not yet the disk."""
+    def write(self, trajectory: Trajectory, note: bytes) -> tuple[Extent, int]:
+        """Appends a trajectory; it has reached the operating system, not yet the disk.
+
+        Returns where it lies, and the CRC-32 of the file's bytes up to its end, from the end of the trajectory before
+        it or, for the first, from the beginning.
+        """
         arrays, rows = arrays_of(trajectory), len(trajectory) + 1
-        step = rows if self.codec == "none" else CHUNK_ROWS
+        step = rows if self.codec == "none" else self.layout.chunk_rows
         starts = []
+        if self.end:
+            self.file.crc = 0
         for start in range(0, rows, step):
             batch = self._batch(arrays, start, min(start + step, rows))
             before = self.file.tell()
             self.writer.write_batch(batch, custom_metadata={NOTE_KEY: note} if start == 0 else None)
             starts.append(before)
-        starts[0] = starts[0] or first_message(self.file.fileno())
-        extent = locate(self.file.fileno(), self.layout, starts, self.file.tell(), self.codec)
+        starts[0] = starts[0] or first_message(self.path)
+        extent = locate(map_file(self.path), self.layout, starts, self.file.tell(), self.codec)
         self.end = extent.end
-        return extent
+        return extent, self.file.crc
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -100,40 +110,20 @@ class ShardWriter:
         return pa.record_batch(columns, schema=self.layout.schema)
 
 
-def first_message(fd: int) -> int:
+def first_message(path: Path) -> int:
     """Where the first record batch of a shard starts: after the magic and the schema message."""
-    head = os.pread(fd, MAGIC_BYTES + 8, 0)
+    with path.open("rb") as file:
+        head = file.read(MAGIC_BYTES + 8)
     return MAGIC_BYTES + 8 + int.from_bytes(head[MAGIC_BYTES + 4 :], "little")
 
 
-def locate(fd: int, layout: Layout, starts: list[int], end: int, codec: str) -> Extent:
-    """The extent of a trajectory whose record batches begin at `starts` and end at `end`. Reads headers only."""
+def locate(memory: mmap.mmap, layout: Layout, starts: Sequence[int], end: int, codec: str) -> Extent:
+    """The extent of a trajectory whose record batches begin at `starts` and end at `end`. Reads headers only; one of
+    message.MALFORMED where there are none."""
     if codec != "none":
         return Extent(starts[0], end, tuple(starts))
-    aligned = starts[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    whole = pa.py_buffer(mmap.mmap(fd, end - aligned, access=mmap.ACCESS_READ, offset=aligned))
-    batch = read_batch(whole.slice(starts[0] - aligned), layout.schema)
-    base = whole.address - aligned
-    offsets = tuple(_values(column).address - base for column in batch.columns)
-    return Extent(starts[0], end, offsets)
-
-
-def extent_in_file(path: Path, layout: Layout, extent: Extent, codec: str) -> Extent | None:
-    """The extent as the Arrow headers in the file have it; None where they cannot be read."""
-    starts = [extent.start] if codec == "none" else list(extent.offsets)
-    try:
-        with path.open("rb") as file:
-            return locate(file.fileno(), layout, starts, extent.end, codec)
-    except (FormatError, OSError, ValueError):
-        return None
-
-
-def read_batch(message: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
-    """The record batch of one encapsulated Arrow message. Raises FormatError."""
-    try:
-        return pa.ipc.read_record_batch(pa.ipc.read_message(message), schema)
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise FormatError(f"Not an Arrow record batch: {error}.") from None
+    found = message.buffers(memoryview(memory), starts[0], end)
+    return Extent(starts[0], end, tuple(found[i][0] for i in layout.buffers))
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -149,42 +139,48 @@ def read_columns(
     memory: mmap.mmap, layout: Layout, steps: int, has: int, extent: Extent, codec: str
 ) -> dict[str, np.ndarray]:
     """The whole columns of a trajectory: views without a codec, copies with one. Raises FormatError."""
+    columns = [c for c in layout.columns if has_column(has, c.name)]
     if codec == "none":
-        return views(memory, layout, steps, has, extent.offsets)
-    return decode(memory, layout, steps, has, extent, 0, steps + 1)
-
-
-def views(memory: mmap.mmap, layout: Layout, steps: int, has: int, offsets: Sequence[int]) -> dict[str, np.ndarray]:
-    """The columns of an uncompressed trajectory as arrays on the mapped file; nothing is copied or read."""
-    out = {}
-    for column, offset in zip(layout.columns, offsets, strict=True):
-        if has_column(has, column.name):
-            rows = column.rows(steps)
-            try:
-                flat = np.frombuffer(memory, column.dtype, rows * math.prod(column.shape), offset)
-            except ValueError as error:
-                raise FormatError(f"A trajectory's {column.name} lies outside its shard: {error}.") from None
-            out[column.name] = flat.reshape(rows, *column.shape)
+        return {c.name: view(memory, layout, extent.offsets, c.name, 0, c.rows(steps)) for c in columns}
+    if (steps + 1) * sum(c.step_bytes for c in columns) > MAX_BYTES:
+        raise FormatError(f"A trajectory of {steps} steps is larger than the {MAX_BYTES} bytes that are read at once.")
+    out = {c.name: np.empty((c.rows(steps), *c.shape), c.dtype) for c in columns}
+    copy(memory, layout, steps, extent, codec, {name: (0, array) for name, array in out.items()})
     return out
 
 
-def decode(
-    memory: mmap.mmap, layout: Layout, steps: int, has: int, extent: Extent, start: int, stop: int
-) -> dict[str, np.ndarray]:
-    """Rows start ≤ t < stop of a compressed trajectory, decompressing only the record batches that hold them."""
-    first, last = start // CHUNK_ROWS, (stop - 1) // CHUNK_ROWS
-    bounds = (*extent.offsets, extent.end)
-    schema, whole = layout.schema, pa.py_buffer(memory)
-    chunks = [whole.slice(bounds[i], bounds[i + 1] - bounds[i]) for i in range(first, last + 1)]
-    batches = [read_batch(chunk, schema) for chunk in chunks]
-    rows_before = first * CHUNK_ROWS
-    out = {}
-    for i, column in enumerate(layout.columns):
-        if has_column(has, column.name):
-            parts = [_from_arrow(column, batch.column(i)) for batch in batches]
-            joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            out[column.name] = joined[start - rows_before : min(stop, column.rows(steps)) - rows_before]
-    return out
+def view(memory: mmap.mmap, layout: Layout, offsets: Sequence[int], name: str, start: int, rows: int) -> np.ndarray:
+    """Rows of a column of an uncompressed trajectory as an array on the mapped file; nothing is copied or read."""
+    place = layout.place[name]
+    column = layout.columns[place]
+    try:
+        return np.ndarray((rows, *column.shape), column.dtype, memory, offsets[place] + start * column.step_bytes)
+    except (IndexError, TypeError, ValueError) as error:
+        raise FormatError(f"A trajectory's {name} lies outside its shard: {error}.") from None
+
+
+def copy(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: str, wanted: Wanted) -> None:
+    """Copies rows of columns that the trajectory has into the arrays given. With a codec decompresses only the
+    record batches and buffers that hold them. Raises FormatError."""
+    if codec == "none":
+        for name, (start, out) in wanted.items():
+            out[...] = view(memory, layout, extent.offsets, name, start, len(out))
+        return
+    size, bounds, raw = layout.chunk_rows, (*extent.offsets, extent.end), memoryview(memory)
+    first = min(start for start, _ in wanted.values()) // size
+    last = -(-max(start + len(out) for start, out in wanted.values()) // size)
+    for i in range(first, last):
+        before, rows = i * size, min(size, steps + 1 - i * size)
+        try:
+            found = message.buffers(raw, bounds[i], bounds[i + 1])
+            for name, (start, out) in wanted.items():
+                low, high = max(start, before), min(start + len(out), before + rows)
+                if low < high:
+                    place = layout.place[name]
+                    values = _decompress(raw, found[layout.buffers[place]], layout.columns[place], rows, codec)
+                    out[low - start : high - start] = values[low - before : high - before]
+        except (*message.MALFORMED, OSError, pa.ArrowException) as error:
+            raise FormatError(f"Record batch {i} of a trajectory is damaged: {error}.") from None
 
 
 def spec_of(path: Path) -> Spec | None:
@@ -194,70 +190,85 @@ def spec_of(path: Path) -> Spec | None:
             file.seek(MAGIC_BYTES)
             schema = pa.ipc.read_schema(pa.ipc.read_message(file))
         return Spec.from_json(json.loads(schema.metadata[SPEC_KEY]))
-    except (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError, FormatError):
+    except (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, FormatError):
         return None
 
 
-def scan(path: Path, layout: Layout, start: int, codec: str) -> Iterator[tuple[dict[str, Any], Extent]]:
-    """The whole trajectories of a shard from byte `start` on (0: from the first), each with its note.
+def scan(path: Path, layout: Layout, start: int, codec: str) -> Iterator[tuple[dict[str, Any], Extent, int]]:
+    """The whole trajectories of a shard from byte `start` on (0: from the first): note, extent, CRC-32 as `write`
+    gives them.
 
     Ends silently at the first thing that is not a whole trajectory: a footer, or what a dying writer left.
     """
-    with path.open("rb") as file:
-        start = start or first_message(file.fileno())
-        if start >= os.fstat(file.fileno()).st_size:
-            return
-        whole = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        while found := _next_trajectory(whole, layout, start, codec):
-            note, starts, end = found
-            yield note, locate(file.fileno(), layout, starts, end, codec)
-            start = end
+    begin, start = start, start or first_message(path)
+    if start >= os.stat(path).st_size:
+        return
+    memory = map_file(path)
+    while found := _next_trajectory(memory, layout, start, codec):
+        note, extent = found
+        yield note, extent, checksum(memory, begin, extent.end)
+        begin = start = extent.end
+
+
+def checksum(memory: mmap.mmap, start: int, end: int) -> int:
+    """CRC-32 of bytes of a shard."""
+    return zlib.crc32(memoryview(memory)[start:end])
 
 
 def is_finished(path: Path, end: int) -> bool:
     """Whether the shard, whose last trajectory ends at byte `end`, has its footer."""
     with path.open("rb") as file:
         file.seek(end)
-        tail = file.read()
-    return tail[:8] == CONTINUATION + bytes(4) and tail.endswith(b"ARROW1")
+        after = file.read(8)
+        file.seek(-6, os.SEEK_END)
+        return after == message.CONTINUATION + bytes(4) and file.read() == b"ARROW1"
 
 
-def _next_trajectory(
-    whole: pa.Buffer, layout: Layout, start: int, codec: str
-) -> tuple[dict[str, Any], list[int], int] | None:
-    """The trajectory whose first record batch is at byte `start`: its note, its record batches, its end."""
-    header = layout.schema.serialize().to_pybytes()
-    starts: list[int] = []
-    note: dict[str, Any] = {}
-    end, rows = start, 0
-    while not starts or rows <= note["length"]:
-        message = _message(whole, end)
-        if message is None:
-            return None
-        try:
-            with pa.ipc.open_stream(pa.py_buffer(header + message)) as reader:
-                batch, metadata = reader.read_next_batch_with_custom_metadata()
-            note = note or json.loads(metadata[NOTE_KEY])
-            rows += batch.num_rows
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, StopIteration):
-            return None
-        starts.append(end)
-        end += len(message)
-    whole_batches = rows == note["length"] + 1 and (codec != "none" or len(starts) == 1)
-    return (note, starts, end) if whole_batches else None
-
-
-def _message(whole: pa.Buffer, start: int) -> bytes | None:
-    """The encapsulated Arrow message at byte `start`; None where there is no whole one."""
-    head = whole[start : start + 8].to_pybytes()
-    if head[:4] != CONTINUATION or head[4:] in (b"", bytes(4)):
-        return None  # garbage, or the marker that ends a finished shard
-    reader = pa.BufferReader(whole[start:])
+def footer_problem(path: Path) -> str:
+    """What keeps other readers of Arrow from opening a finished shard; nothing if nothing does."""
+    raw, end = memoryview(map_file(path)), first_message(path)
     try:
-        pa.ipc.read_message(reader)
-    except (pa.ArrowException, OSError, EOFError):
+        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+            file.seek(MAGIC_BYTES)
+            if not reader.schema.equals(pa.ipc.read_schema(pa.ipc.read_message(file)), check_metadata=True):
+                return "its schema is not that of the shard"
+        for place in message.blocks(raw):
+            batch = message.record_batch(raw, end)
+            if place != (batch.start, batch.end):
+                return f"it has a record batch at byte {place[0]} instead of {batch.start}"
+            end = batch.end
+        return "" if raw[end : end + 8] == message.CONTINUATION + bytes(4) else "it lacks a record batch"
+    except (pa.ArrowException, OSError, EOFError, *message.MALFORMED) as error:
+        return str(error)
+
+
+def _next_trajectory(memory: mmap.mmap, layout: Layout, start: int, codec: str) -> tuple[dict[str, Any], Extent] | None:
+    """The trajectory whose first record batch is at byte `start`, and its note; None where there is no whole one."""
+    raw = memoryview(memory)
+    try:
+        batch = message.record_batch(raw, start)
+        note, starts, rows = json.loads(batch.metadata[NOTE_KEY]), [start], batch.rows
+        while codec != "none" and rows <= note["length"] and batch.rows == layout.chunk_rows:
+            batch = message.record_batch(raw, batch.end)
+            rows += batch.rows
+            starts.append(batch.start)
+        return (note, locate(memory, layout, starts, batch.end, codec)) if rows == note["length"] + 1 else None
+    except (*message.MALFORMED, KeyError, TypeError, RecursionError):
         return None
-    return whole[start : start + reader.tell()].to_pybytes()
+
+
+def _decompress(raw: memoryview, place: tuple[int, int], column: Column, rows: int, codec: str) -> np.ndarray:
+    """The values of a column in one record batch. The buffer begins with its size; −1 if it is not compressed."""
+    (offset, size), expected = place, rows * column.step_bytes
+    (unpacked,) = _SIZE.unpack_from(raw, offset)
+    packed = raw[offset + _SIZE.size : offset + size]
+    if unpacked == -1:
+        values = packed
+    elif unpacked == expected:
+        values = _CODECS[codec].decompress(packed, expected)
+    else:
+        raise ValueError(f"{column.name} has {unpacked} bytes instead of {expected}")
+    return np.ndarray((rows, *column.shape), column.dtype, values)
 
 
 def _to_arrow(column: Column, values: np.ndarray, rows: int) -> pa.Array:
@@ -273,18 +284,3 @@ def _to_arrow(column: Column, values: np.ndarray, rows: int) -> pa.Array:
     size = math.prod(column.shape)
     storage = pa.FixedSizeListArray.from_arrays(flat, size, mask=None if mask is None else pa.array(mask))
     return pa.ExtensionArray.from_storage(column.arrow_type, storage)
-
-
-def _values(array: pa.Array) -> pa.Buffer:
-    """The buffer that holds the values of a column."""
-    primitive = array.storage.values if isinstance(array, pa.ExtensionArray) else array
-    return primitive.buffers()[1]
-
-
-def _from_arrow(column: Column, array: pa.Array) -> np.ndarray:
-    flat = np.frombuffer(_values(array), column.dtype)
-    values = flat[: len(array) * math.prod(column.shape)]
-    try:
-        return values.reshape(len(array), *column.shape)
-    except ValueError:
-        raise FormatError(f"A record batch has too few values of {column.name}.") from None

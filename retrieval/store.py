@@ -1,7 +1,7 @@
 """The trajectory store: a folder of trajectories in Arrow files that many processes read and one appends to.
 
     store.json      format version, id, codec, specs of the embodiments
-    catalog.log     a line a trajectory (see catalog.py); catalog.arrow: its snapshot
+    catalog.log     a line a trajectory (see log.py); catalog.snapshot: its columns (see catalog.py)
     shards/         Arrow IPC files of one embodiment each (see shard.py)
     writer.lock     held by the process that writes
 
@@ -11,10 +11,10 @@ A trajectory is written to its shard, synced, then entered in the catalog, synce
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,11 @@ from gsa.schema import Spec, Trajectory
 from retrieval import recovery, shard
 from retrieval.catalog import Catalog
 from retrieval.files import WriterLock, sync_folder
-from retrieval.layout import Layout
+from retrieval.layout import Layout, has_column
 from retrieval.manifest import Manifest
 from retrieval.writer import Writer
 
 MAX_MAPS = 256  # shards mapped at a time: each holds a file descriptor
-
-
-@dataclass
-class _Map:
-    """A shard in memory, and the columns of those of its trajectories that were read."""
-
-    memory: Any
-    columns: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 class TrajectoryStore:
@@ -51,7 +43,7 @@ class TrajectoryStore:
         self.path = path
         self.recovery: list[str] = []  # what opening found lost, dropped or had back, a sentence each
         self._mutex = threading.RLock()
-        self._maps: dict[int, _Map] = {}
+        self._maps: dict[int, mmap.mmap] = {}  # by shard
         self._groups = threading.local()  # .depth: open `batch` blocks of a thread
         self._manifest = Manifest.load(path)  # before the lock: there may be no store
         self._lock = WriterLock(path) if write else None
@@ -162,14 +154,8 @@ class TrajectoryStore:
     def columns(self, row: int) -> Mapping[str, np.ndarray]:
         """The whole arrays of a trajectory by name: observations [T+1, …], the others [T, …]; what it does not have
         is not there. Without a codec they are read-only views of the mapped file and cost next to nothing."""
-        mapped = self._maps.get(int(self._catalog.column("shard")[row]))
-        if mapped is not None and (known := mapped.columns.get(row)) is not None:
-            return known
-        mapped, steps, has, extent = self._place(row)
-        columns = shard.read_columns(mapped.memory, self._layout(row), steps, has, extent, self.codec)
-        if self.codec == "none":
-            mapped.columns[row] = columns
-        return columns
+        memory, steps, has, extent = self._place(row)
+        return shard.read_columns(memory, self._layout(row), steps, has, extent, self.codec)
 
     def slice(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Observation rows start ≤ t < stop ≤ T+1 of a trajectory, and the steps between them.
@@ -177,15 +163,30 @@ class TrajectoryStore:
         n = stop − start observations and the n − 1 actions, discounts, … that led from each to the next. Without a
         codec these are views; copy what is to be kept or changed.
         """
-        if not 0 <= start < stop <= self._catalog.length[row] + 1:
-            raise UsageError(f"No rows {start} to {stop} in row {row}: it has {self._catalog.length[row]} steps.")
-        observation = self.spec(row).observation
+        memory, steps, has, extent = self._place(row)
+        if not 0 <= start < stop <= steps + 1:
+            raise UsageError(f"No rows {start} to {stop} in row {row}: it has {steps} steps.")
+        layout = self._layout(row)
+        rows = {c.name: stop - start - (not c.is_observation) for c in layout.columns if has_column(has, c.name)}
         if self.codec == "none":
-            columns = self.columns(row)
-            return {k: v[start:stop] if k in observation else v[start : stop - 1] for k, v in columns.items()}
-        mapped, steps, has, extent = self._place(row)
-        rows = shard.decode(mapped.memory, self._layout(row), steps, has, extent, start, stop)
-        return {k: v if k in observation else v[: stop - start - 1] for k, v in rows.items()}
+            return {name: shard.view(memory, layout, extent.offsets, name, start, n) for name, n in rows.items()}
+        columns = [(layout.column(name), n) for name, n in rows.items()]
+        out = {c.name: np.empty((n, *c.shape), c.dtype) for c, n in columns}
+        shard.copy(memory, layout, steps, extent, self.codec, {name: (start, array) for name, array in out.items()})
+        return out
+
+    def copy(self, row: int, wanted: shard.Wanted) -> None:
+        """Copies rows of a trajectory's arrays into arrays: name → (first row, destination [n, …] for n rows).
+
+        The fastest way out of a store, with or without a codec. UsageError for rows that there are not, FormatError
+        where the trajectory is lost or damaged.
+        """
+        memory, steps, has, extent = self._place(row)
+        layout = self._layout(row)
+        for name, (start, out) in wanted.items():
+            if not 0 <= start <= start + len(out) <= layout.column(name).rows(steps) or not has_column(has, name):
+                raise UsageError(f"Row {row} has no {name} from {start} to {start + len(out)}: it has {steps} steps.")
+        shard.copy(memory, layout, steps, extent, self.codec, wanted)
 
     def _layout(self, row: int) -> Layout:
         return self._manifest.layouts[self._catalog.embodiment[row]]
@@ -281,44 +282,46 @@ class TrajectoryStore:
             }
         return out
 
-    def verify(self, progress: Progress | None = None) -> list[tuple[int, str]]:
-        """Reads everything; the rows that are lost or damaged, each with what is wrong."""
-        damaged = []
+    def verify(self, progress: Progress | None = None) -> list[tuple[int | None, str]]:
+        """Reads every byte. The rows that are lost or damaged, and what else is (row None), each with what is wrong."""
+        faults: list[tuple[int | None, str]] = []
         for row in range(len(self)):
             try:
                 self._verify(row)
             except GsaError as error:
-                damaged.append((row, str(error)))
+                faults.append((row, str(error)))
             if progress is not None:
-                progress(row + 1, len(self), {"damaged": len(damaged)})
-        return damaged
+                progress(row + 1, len(self), {"damaged": len(faults)})
+        around = recovery.faults(self.path, self._catalog, self._log, self._manifest)
+        return faults + [(None, fault) for fault in around]
 
     def _verify(self, row: int) -> None:
-        mapped, steps, has, extent = self._place(row)
-        layout = self._layout(row)
-        columns = shard.read_columns(mapped.memory, layout, steps, has, extent, self.codec)
-        if layout.checksum(columns) != self._catalog.crc[row]:
-            raise FormatError(f"The content of trajectory {self._catalog.id(row)} does not have its checksum.")
+        memory, steps, has, extent = self._place(row)
+        layout, id = self._layout(row), self._catalog.id(row)
         path = recovery.shard_path(self.path, int(self._catalog.column("shard")[row]))
-        if shard.extent_in_file(path, layout, extent, self.codec) != extent:
-            raise FormatError(f"The Arrow header of trajectory {self._catalog.id(row)} is damaged.")
+        begin = 0 if extent.start == shard.first_message(path) else extent.start
+        if shard.checksum(memory, begin, extent.end) != self._catalog.column("stored_crc")[row]:
+            raise FormatError(f"The bytes of trajectory {id} in shards/{path.name} are not those that were written.")
+        columns = shard.read_columns(memory, layout, steps, has, extent, self.codec)
+        if layout.checksum(columns) != self._catalog.crc[row]:
+            raise FormatError(f"The content of trajectory {id} does not have its checksum.")
 
-    def _place(self, row: int) -> tuple[_Map, int, int, shard.Extent]:
+    def _place(self, row: int) -> tuple[mmap.mmap, int, int, shard.Extent]:
         """The map of the row's shard, its steps, its optional arrays, and where it is in the map."""
         catalog = self._catalog
         if not catalog.readable[row]:
             raise FormatError(f"Row {row} of the store {self.path} (trajectory {catalog.id(row) or '?'}) is lost.")
         extent, number = catalog.extent(row), int(catalog.column("shard")[row])
-        mapped = self._maps.get(number)
-        if mapped is None or len(mapped.memory) < extent.end:
-            mapped = _Map(shard.map_file(recovery.shard_path(self.path, number)))
-            if len(mapped.memory) < extent.end:
+        memory = self._maps.get(number)
+        if memory is None or len(memory) < extent.end:
+            memory = shard.map_file(recovery.shard_path(self.path, number))
+            if len(memory) < extent.end:
                 raise FormatError(f"Row {row} of the store {self.path} is lost: its shard is too short.")
             with self._mutex:
                 if number not in self._maps and len(self._maps) >= MAX_MAPS:
                     del self._maps[next(iter(self._maps))]
-                self._maps[number] = mapped
-        return mapped, int(catalog.length[row]), int(catalog.column("has")[row]), extent
+                self._maps[number] = memory
+        return memory, int(catalog.length[row]), int(catalog.column("has")[row]), extent
 
     def _require_writer(self) -> Writer:
         if self._writer is None:

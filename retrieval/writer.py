@@ -13,7 +13,7 @@ from gsa.errors import SpecMismatch, Unavailable, UsageError
 from gsa.schema import Spec, Trajectory
 from retrieval.catalog import Catalog
 from retrieval.files import sync_folder
-from retrieval.layout import Layout, arrays_of, has_of
+from retrieval.layout import MAX_BYTES, Layout, arrays_of, has_of
 from retrieval.log import Log, Record
 from retrieval.manifest import Manifest
 from retrieval.recovery import SNAPSHOT, shard_numbers, shard_path
@@ -21,8 +21,8 @@ from retrieval.shard import ShardWriter
 
 SHARD_BYTES = 1 << 30  # a shard is finished once it is this long
 GROUP_BYTES = 1 << 28  # pending trajectories are committed once they are this much
-SNAPSHOT_ROWS = 4096  # rows that the log may be ahead of the snapshot
-PLACE = {"shard", "start", "end", "offsets"}  # what a record says about where, rather than what
+SNAPSHOT_ROWS, MAX_SNAPSHOT_ROWS = 4096, 65536  # rows that the log may be ahead of the snapshot
+PLACE = {"shard", "stored_crc", "start", "end", "offsets"}  # what a record says about where, rather than what
 
 
 class Writer:
@@ -45,6 +45,8 @@ class Writer:
         """
         layout = self._layout(trajectory, spec)
         arrays = arrays_of(trajectory)
+        if (size := sum(a.nbytes for a in arrays.values())) > MAX_BYTES:
+            raise UsageError(f"{trajectory.name} has {size} bytes; a trajectory has at most {MAX_BYTES}: split it.")
         content = layout.checksum(arrays)
         if (row := self._known(trajectory, content)) is not None:
             return row
@@ -54,11 +56,13 @@ class Writer:
         )  # fmt: skip
         try:
             number, writer = self._shard(layout)
-            extent = writer.write(trajectory, _note(record))
+            extent, stored = writer.write(trajectory, _note(record))
         except OSError as error:
             self._leave(trajectory.embodiment)
             raise self._refused(error) from error
-        record = dataclasses.replace(record, shard=number, **dataclasses.asdict(extent))
+        record = dataclasses.replace(
+            record, shard=number, stored_crc=stored, start=extent.start, end=extent.end, offsets=extent.offsets
+        )
         self._pending[record.id] = record
         self._pending_bytes += record.end - record.start
         if self._pending_bytes >= GROUP_BYTES:
@@ -84,7 +88,11 @@ class Writer:
         self._forget_pending()
         for embodiment in [e for e, (_, writer) in self._shards.items() if writer.end >= SHARD_BYTES]:
             _finish(self._shards.pop(embodiment)[1])
-        if self.catalog.rows_since_snapshot > max(SNAPSHOT_ROWS, len(self.catalog) // 4):
+        self._snapshot(min(max(SNAPSHOT_ROWS, len(self.catalog) // 4), MAX_SNAPSHOT_ROWS))
+
+    def _snapshot(self, rows: int) -> None:
+        """Writes a new snapshot if the log is more than `rows` ahead."""
+        if self.catalog.rows_since_snapshot > rows:
             with contextlib.suppress(OSError):  # it only helps to open fast
                 self.catalog.save(self.folder / SNAPSHOT, self.log)
 
@@ -92,6 +100,7 @@ class Writer:
         """Commits, and finishes the open shards."""
         try:
             self.commit()
+            self._snapshot(SNAPSHOT_ROWS)
         finally:
             for _, writer in self._shards.values():
                 _finish(writer)

@@ -409,7 +409,7 @@ def test_a_catalog_of_a_hundred_thousand_rows_opens_fast_from_log_and_faster_fro
             assert store.catalog.source(77_777) == f"s{77_777 % 55}"
             assert_same(store.read(rows - 1), dataclasses.replace(rich(7, 5, spec), id=store.catalog.id(rows - 1)))
             assert store.slice(54_321, 1, 3)["reward"].tolist() == [2.0]
-    assert (tmp_path / "s" / "catalog.arrow").exists()
+    assert (tmp_path / "s" / "catalog.snapshot").exists()
     assert seconds["log"] < 10
     assert seconds["snapshot"] < min(2, seconds["log"] / 2)
 
@@ -418,7 +418,7 @@ def test_the_snapshot_is_only_a_help(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(writer, "SNAPSHOT_ROWS", 2)
     spec = counting_spec()
     stored = [rich(i, 5, spec) for i in range(20)]
-    snapshot = tmp_path / "s" / "catalog.arrow"
+    snapshot = tmp_path / "s" / "catalog.snapshot"
     with TrajectoryStore.create(tmp_path / "s") as store:
         for trajectory in stored:
             store.append(trajectory, spec)
