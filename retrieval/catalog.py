@@ -26,7 +26,7 @@ from retrieval.shard import Extent, map_file
 
 SNAPSHOT_VERSION = 1
 ALIGN = 64
-COLUMNS = {
+COLUMNS: dict[str, np.dtype] = {
     "length": np.dtype(np.int32),  # T, agent steps
     "embodiment": np.dtype(np.int16),  # index into the store's specs; -1 where the row is lost
     "source_code": np.dtype(np.int32),  # index into `sources`
