@@ -52,6 +52,29 @@ class Tasks:
 
 
 @dataclass(frozen=True)
+class Model:
+    """Print the model sizes, or the layers of one; convert the paper's released weights to a world model."""
+
+    model: str | None = None
+    """A size to print the layers of."""
+    world_model: Path | None = None
+    """A world model to print the layers of: its folder, or a released file (dmcontrol.pt), which is converted."""
+    out: Path | None = None
+    """Folder for the converted world model; default: beside the file, by its name."""
+    stoch: int | None = None
+    """Latent variables of a released file, which it does not tell; default: 32, as in all that the authors released."""
+    action_dim: int = 6
+    """Actions of the task that actor and prior actor are counted for."""
+
+    def __call__(self) -> int:
+        from deploy import models
+
+        if self.world_model is not None:
+            return models.show_saved(models.folder(self.world_model, self.out, self.stoch))
+        return models.show(self.model, self.action_dim) if self.model else models.show_sizes(self.action_dim)
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """Pre-train a world model on a store: reward-free, all embodiments. Goes on where it stopped."""
 
@@ -133,6 +156,7 @@ Command = (
     | Annotated[Collect, subcommand("collect")]
     | Annotated[Ingest, subcommand("ingest")]
     | Annotated[Store, subcommand("store")]
+    | Annotated[Model, subcommand("model")]
     | Annotated[Pretrain, subcommand("pretrain")]
     | Annotated[Index, subcommand("index")]
     | Annotated[Retrieve, subcommand("retrieve")]

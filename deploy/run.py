@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deploy import parts, stages
+from deploy import models, parts, stages
 from deploy.config import FinetuneConfig
 from deploy.progress import bar, console
 from gsa import config as configs
@@ -37,6 +37,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     SIGTERM stops the fine-tuning within an update: it is saved, and Stopped is raised.
     """
     config = config.resolved()
+    if config.world_model is not None:
+        config = replace(config, world_model=models.folder(config.world_model))
     with ExitStack() as services:
         redis_url = ""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploy import models
 from deploy.progress import bar, console
 from gsa.agent.sizes import PRESETS, preset
 from gsa.errors import SpecMismatch, UsageError
@@ -39,6 +40,7 @@ def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
 
 def index(path: Path, world_model: Path) -> int:
     """Builds or updates the feature index of a store under a world model."""
+    world_model = models.folder(world_model)
     with TrajectoryStore.open(path) as store:
         built = open_index(store, world_model, load_world_model(world_model))
         console.print(f"{len(built)} of {len(store)} trajectories are indexed in {index_path(world_model, store)}")
@@ -50,14 +52,13 @@ def retrieve(command: Retrieve) -> int:
     from actors.environment import make
 
     with TrajectoryStore.open(command.store) as store, make(command.task, command.render, command.imports) as env:
-        model = load_world_model(command.world_model)
+        folder = models.folder(command.world_model)
+        model = load_world_model(folder)
         require_fits(model, env.spec, f"the task {env.task.name}")
         require_embodiment(store, env, model)
         kind = "random" if command.random else "nearest"
         command.out.mkdir(parents=True, exist_ok=True)
-        found = rehearse(
-            store, command.world_model, model, env, kind, command.k, command.queries, command.seed, command.out
-        )
+        found = rehearse(store, folder, model, env, kind, command.k, command.queries, command.seed, command.out)
     for source, count in _sources(found):
         print(f"{count:6}  {source}")
     console.print(f"{len(found.rows)} of {command.k} asked for; look at {command.out / 'contact_sheet.png'}")
