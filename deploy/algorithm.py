@@ -21,10 +21,11 @@ from deploy.env_runner import GSAEnvRunner
 from deploy.provenance import source_hash
 from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait_until_alive
 from gsa.errors import GsaError
-from gsa.metrics import RunLog
+from gsa.metrics import RunLog, read_log
 
 ROUND_S = 1.0  # between two looks around; nothing waits for the driver
 DEADLINE_S = 60.0
+SAVE_S = 120.0  # for a checkpoint to be on disk
 AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
 SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib
 
@@ -81,12 +82,14 @@ class GSA(Algorithm):
         workers = self.env_runner_group._worker_manager.actors()
         wait_until_alive({f"Worker {i}": actor for i, actor in workers.items()})
         wait_until_alive({"The learner": self.learner, "The evaluator": self.evaluator})
-        ray.get(self.learner.start.remote(), timeout=DEADLINE_S)
-        self.log = RunLog(config.run)
+        self._evaluated = self._episodes = 0
+        self._go_on_logging(config.run)
         self.frames, self.done = 0, False
         self.latest: dict[str, float] = {}
         self._evaluation: Any = None
-        self._evaluated = self._episodes = self._restarts = 0
+        self._save: Any = None
+        self._restarts = 0
+        self._learner_heard = time.monotonic()
         self._repeat = parts.task(finetune).action_repeat
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
 
@@ -97,16 +100,22 @@ class GSA(Algorithm):
         if report is None:
             return
         self.frames, self.done = report["collected"] * self._repeat, report["complete"]
-        values = {**report["stats"], **self._workers(), **(self._ask("learner", self.learner.stats, fatal=True) or {})}
+        values = {**report["stats"], **self._workers(), **self._learner()}
         for row in report["episodes"]:
             self.log.write(int(row["frames"]), parts.episode_metrics(row))
         self._episodes = report["cursor"]
         if evaluated := self._evaluate(final=self.done):
             values |= evaluated
+        self._save_if_due(evaluated.get("eval/score"))
         self.latest |= values
         self.log.write(self.frames, values)
         for name, value in values.items():
             self.metrics.log_value(tuple(name.split("/")), value, window=1)
+
+    def save_now(self) -> None:
+        """Saves what the learner has learned, and waits until it is on disk; all else is there already."""
+        ray.get(self.learner.save.remote(self.frames, None, wait=True), timeout=SAVE_S)
+        self.log.close()
 
     def finish(self) -> Path:
         """Saves the agent and ends every process in order."""
@@ -134,7 +143,30 @@ class GSA(Algorithm):
         return {"run": str(self.config.run)}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        raise GsaError("A GSA run is not restored from an RLlib checkpoint; start it anew.")
+        raise GsaError("A GSA run is not restored from an RLlib checkpoint: gsa finetune --resume goes on with it.")
+
+    def _go_on_logging(self, run: Path) -> None:
+        """Opens the run's log where it ends: each collected episode has one row in it."""
+        rows = read_log(run) if (run / "metrics.jsonl").exists() else []
+        self.log = RunLog(run, resume_rows=len(rows))
+        self._episodes = sum("episode/steps" in row for row in rows)
+        last = max((row["frames"] for row in rows if "eval/score" in row), default=0)
+        self._evaluated = last - last % self.finetune.eval_every_frames
+
+    def _learner(self) -> dict[str, float]:
+        """What the learner counted; nothing while Ray restarts it."""
+        stats = self._ask("learner", self.learner.stats)
+        if stats is not None:
+            self._learner_heard = time.monotonic()
+        elif time.monotonic() - self._learner_heard > SILENT_S:
+            raise GsaError(f"The learner has not answered for {SILENT_S:.0f} s; go on with gsa finetune --resume.")
+        return stats or {"driver/learner_unanswered": 1.0}
+
+    def _save_if_due(self, score: float | None) -> None:
+        """Lets the learner save, beside its learning, unless it still does."""
+        if self._save is not None and not ray.wait([self._save], timeout=0)[0]:
+            return
+        self._save = self.learner.save.remote(self.frames, score, wait=False)
 
     def _workers(self) -> dict[str, float]:
         """What the workers counted, together; asks each for more; kills the one that stays silent."""
@@ -172,15 +204,13 @@ class GSA(Algorithm):
             self._evaluation = self.evaluator.evaluate.remote(self.finetune.eval_episodes)
         return {}
 
-    def _ask(self, who: str, method: Any, *arguments: Any, fatal: bool = False) -> Any:
-        """One call with a deadline. A part that Ray is restarting answers None; one that is gone ends the run."""
+    def _ask(self, who: str, method: Any, *arguments: Any) -> Any:
+        """One call with a deadline. A part that Ray is restarting answers None."""
         try:
             return ray.get(method.remote(*arguments), timeout=DEADLINE_S)
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            if fatal:
-                raise GsaError(f"The {who} is gone: {error}") from error
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
 
 

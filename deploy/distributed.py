@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.provenance import require_own_packages
 from deploy.redis_server import EmbeddedRedis
-from gsa.errors import GsaError, UsageError
+from gsa.errors import GsaError, Stopped, UsageError
 from gsa.metrics import Progress
 
 CONNECT_S = 10.0
@@ -33,8 +34,13 @@ def launch(config: FinetuneConfig, services: ExitStack) -> str:
     return config.redis_url or _start_redis(config, services)
 
 
-def run_distributed(config: FinetuneConfig, run: Path, redis_url: str, progress: Progress) -> Path:
-    """Workers, replay service, learner and evaluator as actors of a launched Ray. Returns the agent's folder."""
+def run_distributed(
+    config: FinetuneConfig, run: Path, redis_url: str, progress: Progress, stop: threading.Event | None = None
+) -> Path:
+    """Workers, replay service, learner and evaluator as actors of a launched Ray. Returns the agent's folder.
+
+    Goes on where the run in this folder stood. With `stop` set it saves, and raises Stopped.
+    """
     from deploy.algorithm import GSAConfig  # imports rllib, so only after the environment is set
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
@@ -43,6 +49,9 @@ def run_distributed(config: FinetuneConfig, run: Path, redis_url: str, progress:
         moved, seen = time.monotonic(), (-1.0, -1.0)
         while not algorithm.done:
             algorithm.train()
+            if stop is not None and stop.is_set():
+                algorithm.save_now()
+                raise Stopped(f"Stopped at {algorithm.frames} frames; to go on: gsa finetune --resume {run}")
             now = (algorithm.frames, algorithm.latest.get("replay/sampled", 0.0))
             if now != seen:
                 moved, seen = time.monotonic(), now

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy import parts
+from deploy.checkpointing import RunCheckpoints
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
 from deploy.provenance import require_same_sources
@@ -22,6 +23,8 @@ from gsa.errors import GsaError
 from gsa.schema import Batch, Lease, NoLease, SequenceRef, Trajectory, WeightSnapshot
 from retrieval.files import replace_file
 
+DEADLINE_S = 60.0
+LEARNER_RESTARTS = 100
 PRIOR = "prior"  # the group of weights that the prior actor is published in
 
 
@@ -54,6 +57,9 @@ class ReplayActor:
     def sample(self) -> Batch | None:
         return self._service.sample()
 
+    def rewind(self, batches: int) -> None:
+        self._service.rewind(batches)
+
     def report(self, cursor: int) -> dict[str, Any]:
         """What the driver asks for once a round. Saves, on the way, what a restart cannot find in the store."""
         service = self._service
@@ -68,7 +74,11 @@ class ReplayActor:
 
 
 class LearnerActor:
-    """Owns the FineTuner and its publisher; learns in a thread of its own, free of the driver."""
+    """Owns the FineTuner, its publisher and its checkpoints; learns in a thread of its own, free of the driver.
+
+    Restarted by Ray or with the run, it goes on from its newest checkpoint; what it had learned since is learned
+    again, from other batches.
+    """
 
     def __init__(self, config: FinetuneConfig, run: Path, replay: Any, redis_url: str, sources: str) -> None:
         require_same_sources(sources, "The learner")
@@ -81,22 +91,32 @@ class LearnerActor:
             self._prior = RedisPublisher(redis_url, about.run, PRIOR)  # kept, as it republishes into an empty server
             self._prior.publish(WeightSnapshot(0, parts.prior_tensors(run)))
         self._tuner = parts.fine_tuner(config, run)
+        self._checkpoints = RunCheckpoints(run, config)
+        restored = self._checkpoints.load()
+        if restored is not None:
+            self._tuner.restore(restored.state["tuner"])
+        ray.get(replay.rewind.remote(self._tuner.updates), timeout=DEADLINE_S)
         self._batches = RayBatchLink(replay)
         self._loop = parts.learner_loop(config, self._tuner, self._batches.sample, parts.publish_to(self._weights))
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._learn, name="learner", daemon=True)
-
-    def start(self) -> None:
-        """Publishes the first weights and starts to learn."""
-        if not self._thread.is_alive():
-            self._thread.start()
+        self._thread.start()
 
     def stats(self) -> dict[str, float]:
         """Raises what ended the learning, if anything did."""
         if self._error is not None:
             raise GsaError(f"The learner stopped: {self._error}") from self._error
-        return {**self._loop.stats(), **self._weights.stats()}
+        return {**self._loop.stats(), **self._weights.stats(), **self._checkpoints.stats()}
+
+    def save(self, frames: int, score: float | None, wait: bool) -> bool:
+        """Saves what it has learned, if that is due; with `wait` in any case, and until it is on disk."""
+        if wait or score is not None or self._checkpoints.due(frames):
+            with self._loop.turn:
+                self._checkpoints.save(frames, {"tuner": self._tuner.state()}, score)
+        if wait:
+            self._checkpoints.flush()
+        return True
 
     def finish(self) -> str:
         """Learns from what is drawn, stops, publishes the last weights and saves the agent. Returns its folder."""
@@ -106,6 +126,7 @@ class LearnerActor:
         self._thread.join(timeout=120)
         if self._thread.is_alive():
             raise GsaError("The learner did not end its update within 120 s.")
+        self._checkpoints.flush()
         folder = parts.save_agent(self._tuner, self._config, self._run)
         for publisher in (self._weights, self._prior):
             if publisher is not None:
@@ -145,11 +166,16 @@ def start_evaluator(config: FinetuneConfig, about: parts.Architecture, redis_url
 
 
 def start_learner(config: FinetuneConfig, run: Path, replay: Any, redis_url: str, sources: str) -> Any:
-    """The learner, on a GPU if it is to use one: beside the driver if it can, else where the run folder is shared."""
+    """The learner, on a GPU if it is to use one: beside the driver if it can, else where the run folder is shared. Ray
+    restarts it if it dies."""
     device = config.learner.compute.device
     gpus = 1 if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1) else 0
     actor = ray.remote(LearnerActor).options(
-        num_cpus=1, num_gpus=gpus, max_concurrency=2, scheduling_strategy=_here(soft=True)
+        num_cpus=1,
+        num_gpus=gpus,
+        max_restarts=LEARNER_RESTARTS,
+        max_concurrency=3,
+        scheduling_strategy=_here(soft=True),
     )
     return actor.remote(config, run, replay, redis_url, sources)
 

@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
                 else:
                     from deploy.distributed import run_distributed
 
-                    run_distributed(config, run, redis_url, progress)
+                    run_distributed(config, run, redis_url, progress, stop)
     finish(config, run)
     return run
 

@@ -46,9 +46,11 @@ class Meter:
         """All of it, flat; means and rates start anew."""
         now = time.monotonic()
         elapsed = max(now - self._read_at, 1e-9)
-        out = {**self.totals, **self._gauges, **{k: s / n for k, (s, n) in self._sums.items()}}
-        out |= {f"{k}_per_s": n / elapsed for k, n in self._rates.items()}
-        self._sums, self._rates, self._read_at = {}, dict.fromkeys(self._rates, 0.0), now
+        sums, self._sums = self._sums, {}  # swapped first: another thread may be counting
+        rates, self._rates = self._rates, dict.fromkeys(self._rates, 0.0)
+        self._read_at = now
+        out = {**self.totals, **self._gauges, **{k: s / n for k, (s, n) in sums.items()}}
+        out |= {f"{k}_per_s": n / elapsed for k, n in rates.items()}
         return {f"{self.part}/{k}": float(v) for k, v in out.items()}
 
     def state(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class LearnerLoop:
         self._published_updates: int | None = None
         self._published_at = 0.0
         self._meter = Meter("learner")
+        self.turn = threading.Lock()  # held during an update and its publication; who holds it sees a whole state
 
     def run(self, stop: threading.Event, updates: int | None = None) -> None:
         """Learns until `stop` is set, or the tuner has done `updates` updates. Publishes first and last."""
@@ -68,12 +69,13 @@ class LearnerLoop:
         batch = self._sample()
         if batch is None:
             return None
-        metrics = self.tuner.update(batch)
-        self._meter.count("updates_done", rate=True)
-        self._meter.count("replayed_steps", int(batch.valid.sum()), rate=True)
-        self._meter.mean(metrics)
-        if self._due():
-            self.publish()
+        with self.turn:
+            metrics = self.tuner.update(batch)
+            self._meter.count("updates_done", rate=True)
+            self._meter.count("replayed_steps", int(batch.valid.sum()), rate=True)
+            self._meter.mean(metrics)
+            if self._due():
+                self.publish()
         return metrics
 
     def publish(self) -> None:

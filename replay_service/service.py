@@ -269,6 +269,12 @@ class ReplayService:
                 deadline = self._clock() + self.config.lease_timeout_s
                 self._leases = {int(e): _OpenLease(str(w), int(n), deadline) for e, w, n in state["leases"]}
 
+    def rewind(self, batches: int) -> None:
+        """A learner begins that has learned from so many batches: what was drawn beyond them is drawn again."""
+        with self._lock:
+            self._batches = batches
+            self._limiter.sampled = batches * self.config.sample_steps
+
     def _count_online(self, sampled: int, rows: int | None = None) -> None:
         """Sets what follows from the online store: steps inserted, what to draw from, episode numbers in use.
 

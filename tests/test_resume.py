@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,14 @@ from deploy import run as runs
 from deploy.cli import main as gsa
 from deploy.config import FinetuneConfig
 from deploy.local import run_local
+from gsa import config as configs
 from gsa.errors import FormatError, Stopped
 from gsa.metrics import read_log
 from learner.config import LearnerConfig
 from retrieval.store import TrajectoryStore
-from tests.test_runs import config, pool  # noqa: F401
+from tests.gym_counting import STEPS
+from tests.processes import alive, children, collected, kill_at, wait_for
+from tests.test_runs import check_counts, config, online, pool  # noqa: F401
 
 TIMED = ("_per_s", "_ms", "_s", "checkpoint/")  # metrics that tell of time
 
@@ -52,10 +57,6 @@ def copy(prepared: Path, to: Path) -> Path:
 
 
 def continue_run(run: Path, stop: threading.Event | None = None) -> Path:
-    from dataclasses import replace
-
-    from gsa import config as configs
-
     loaded = replace(configs.load(FinetuneConfig, run / "config.yaml"), out=run)
     run_local(loaded, run, lambda *_: None, stop)
     return run
@@ -149,8 +150,6 @@ def test_refuses_to_become_another_run(whole, tmp_path, capfd):
 
 def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
     """What pre-emption does: the signal, half a minute at most, and the same command with --resume elsewhere."""
-    from gsa import config as configs
-
     file = tmp_path / "config.yaml"
     configs.save(settings(tmp_path / "run", pool, budget_frames=2_000, train_ratio=16.0), file)
     command = [sys.executable, "-m", "deploy.cli", "finetune"]
@@ -165,3 +164,42 @@ def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
     assert "to go on: gsa finetune --resume" in said
     frames = read_log(tmp_path / "run")[-1]["frames"]
     assert 0 < frames < 2_000
+
+
+# Over Ray and Redis
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "deploy.cli", "finetune", *arguments]
+    with file.open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+@pytest.mark.timeout(280)
+def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path):  # noqa: F811
+    """The learner is killed and restarted from its checkpoint within the run; then the driver, and with it all of Ray;
+    then the run is told to stop. Each time it goes on: every step once, every episode in the log once."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    changes = {"method": "naive", "task": "gym/SlowCounting-v0", "checkpoint_every_frames": 20}
+    configs.save(config(out, pool, workers=2, **changes), tmp_path / "config.yaml")
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert kill_at(process, out, 3 * STEPS, "LearnerActor") == 1
+        below = children(process.pid)
+        assert wait_for(process, lambda: collected(out) >= 5 * STEPS), log.read_text()[-3000:]
+        process.kill()
+        process.wait()
+        assert wait_for(None, lambda: not any(map(alive, below))), "orphans are left"
+        process = start(log, "--resume", str(out))
+        assert wait_for(process, lambda: collected(out) >= 7 * STEPS), log.read_text()[-3000:]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143, log.read_text()[-3000:]
+        process = start(log, "--resume", str(out), "--workers", "1")
+        assert process.wait(150) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    check_counts(out)
+    episodes = [row["episode/steps"] for row in read_log(out) if "episode/steps" in row]
+    assert len(episodes) == len(online(out))
+    assert max(row.get("learner/updates", 0) for row in read_log(out)) == 20

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from gsa.schema import Controller, Trajectory
 from learner.config import CloneConfig, PretrainConfig
 from retrieval.store import TrajectoryStore
 from tests.gym_counting import STEPS
+from tests.processes import kill_at
 
 IMPORTS = ("tests.gym_counting",)
 TASK = "gym/Counting-v0"
@@ -142,8 +141,8 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            workers = _kill_at(process, out, STEPS, "GSAEnvRunner")
-            services = _kill_at(process, out, 4 * STEPS, "ReplayActor")
+            workers = kill_at(process, out, STEPS, "GSAEnvRunner")
+            services = kill_at(process, out, 4 * STEPS, "ReplayActor")
             code = process.wait(200)
         finally:
             process.kill()
@@ -153,40 +152,6 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
     assert max(row.get("driver/worker_restarts", 0) for row in read_log(out)) >= 1
     versions = np.concatenate([t.policy_version for t in online(out)])
     assert versions.max() > 0  # weights reached the workers, and Redis is the only way
-
-
-def _kill_at(process: subprocess.Popen, out: Path, steps: int, name: str) -> int:
-    """Kills every process of that name once so many steps are collected; returns how many those were."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if any(row.get("replay/collected", 0) >= steps for row in _log(out)):
-            found = _children(process.pid, name)
-            for pid in found:
-                os.kill(pid, signal.SIGKILL)
-            return len(found)
-        time.sleep(0.05)
-    return 0
-
-
-def _log(out: Path) -> list[dict]:
-    return read_log(out) if (out / "metrics.jsonl").exists() else []
-
-
-def _children(pid: int, name: str) -> list[int]:
-    """Processes below `pid` whose title has `name`."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int(folder.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
-                titles[int(folder.name)] = folder.joinpath("cmdline").read_text()
-            except (OSError, IndexError):
-                continue
-    below, grew = {pid}, True
-    while grew:
-        more = {child for child, parent in parents.items() if parent in below} - below
-        below, grew = below | more, bool(more)
-    return [p for p in sorted(below) if name in titles.get(p, "")]
 
 
 def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
