@@ -95,15 +95,15 @@ class Store:
 
 @dataclass(frozen=True)
 class Index:
-    """Compute the encoder's feature of every first frame of a store, for retrieval. Adds what is new."""
+    """Compute the encoder's feature of every first observation of a store, for retrieval. Adds what is new."""
 
     store: Path
     world_model: Path
 
     def __call__(self) -> int:
-        from deploy import stages
+        from deploy import rehearsal
 
-        return stages.index(self.store, self.world_model)
+        return rehearsal.index(self.store, self.world_model)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,11 @@ class Retrieve:
     out: Path
     """Folder for rehearsal.json and contact_sheet.png."""
     k: int = 500
+    """Trajectories to retrieve; fewer are taken where the pool has fewer."""
     queries: int = 1
+    """First observations of the task to retrieve with; what is near to any of them is taken."""
+    search: Literal["exact", "ivf", "hnsw"] = "exact"
+    """ivf and hnsw may overlook some of the nearest; their recall is measured, printed and kept."""
     random: bool = False
     """Draw k trajectories of the embodiment at random instead."""
     seed: int = 0
@@ -124,6 +128,6 @@ class Retrieve:
     imports: tuple[str, ...] = ()
 
     def __call__(self) -> int:
-        from deploy import stages
+        from deploy import rehearsal
 
-        return stages.retrieve(self)
+        return rehearsal.retrieve(self)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from actors.guidance import GuidanceConfig
-from deploy import pool, stages
+from deploy import pool, rehearsal, stages
 from deploy import run as runs
 from deploy.config import FinetuneConfig
 from deploy.progress import console
@@ -92,7 +92,7 @@ def demo(out: Path, quick: bool, seed: int) -> int:
     with runs.stage(out, "pre-train"):
         stages.pretrain(out / "pool", settings.pretrain, out / "world_model")
     with runs.stage(out, "index"):
-        stages.index(out / "pool", out / "world_model")
+        rehearsal.index(out / "pool", out / "world_model")
     runs.finetune(settings.finetune)
     _print_times(out, time.perf_counter() - started)
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deploy import models, parts, stages
+from deploy import models, parts, rehearsal, stages
 from deploy.config import FinetuneConfig
 from deploy.progress import bar, console
 from gsa import config as configs
@@ -104,7 +104,7 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
         if config.rehearses and "retrieve" not in done:
             kind = "random" if config.method == "random-rehearsal" else "nearest"
             with stage(run, "retrieve"):
-                found = stages.rehearse(
+                found = rehearsal.rehearse(
                     store, config.world_model, model, env, kind, config.retrieve_k, config.queries, config.seed, run
                 )
         if config.guides and "clone prior" not in done:

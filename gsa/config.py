@@ -77,7 +77,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise unknown(where, value, args)
         return value
-    if origin is tuple and isinstance(value, (list, tuple)):
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UsageError(f"{where} must be a list, not {value!r}.")
         inner = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         if len(inner) != len(value):
             raise UsageError(f"{where} needs {len(inner)} values, not {len(value)}.")

@@ -23,25 +23,50 @@ CAPTION_INCHES = 0.55
 
 def contact_sheet(
     path: str | Path,
-    query: np.ndarray,
+    query: Mapping[str, np.ndarray],
     store: TrajectoryStore,
     rehearsal: RehearsalSet,
     columns: int = 8,
 ) -> Path:
-    """Draws the first frames of the query and of the trajectories taken for it; returns `path`, a PNG.
+    """Draws the first observations of the task and of the trajectories taken for it; returns `path`, a PNG.
 
-    `query` [64, 64, 3] or [Q, 64, 64, 3] uint8; `rehearsal.rows` are rows of `store`, nearest first. With at most
-    2·columns trajectories all are shown, in order; with more, the first and the last `columns`.
+    `query`: observations {name: [Q, …]}; `rehearsal.rows` are rows of `store`, nearest first. With at most 2·columns
+    trajectories all are shown, in order; with more, the first and the last `columns`. Several cameras are drawn side
+    by side; where there is none, the observation's numbers are drawn as bars.
     """
-    queries = np.asarray(query).reshape(-1, *np.shape(query)[-3:])
     taken = len(rehearsal.rows)
     near, far = _ends(taken, columns)
     random = rehearsal.kind == "random"
-    rows = [("query" if len(queries) == 1 else "queries", [(frame, "") for frame in queries[:columns]])]
+    count = len(next(iter(query.values())))
+    queries = [picture({name: values[i] for name, values in query.items()}) for i in range(min(count, columns))]
+    rows = [("query" if count == 1 else f"{count} queries", [(frame, "") for frame in queries])]
     for name, ranks in (("drawn first" if random else "nearest", near), ("drawn last" if random else "farthest", far)):
         if ranks:
             rows.append((name, [(_first_frame(store, rehearsal.rows[i]), _caption(rehearsal, i)) for i in ranks]))
     return _save(path, _grid(rows, columns, _title(rehearsal)))
+
+
+def picture(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One observation {name: […]} as an image [H, W, 3] uint8: its images side by side, else its numbers as bars."""
+    images = [np.asarray(value) for value in observation.values() if value.ndim == 3]
+    if not images:
+        return _bars(np.concatenate([np.ravel(value) for value in observation.values()]))
+    height = max(len(image) for image in images)
+    tiles = []
+    for image in images:
+        colours = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, -1)
+        tiles.append(np.pad(colours, ((0, height - len(image)), (0, 0), (0, 0)), constant_values=255))
+    return np.concatenate(tiles, 1)
+
+
+def _bars(values: np.ndarray) -> np.ndarray:
+    """Numbers as bars from the middle line, squashed so that any fits."""
+    values, half = values[:64].astype(np.float64), 32
+    heights = np.round(np.arctan(values) / (np.pi / 2) * (half - 1)).astype(int)
+    image = np.full((2 * half, max(1, 64 // len(values)) * len(values), 3), 255, np.uint8)
+    for i, part in enumerate(np.split(image, len(values), 1)):
+        part[half - max(heights[i], 0) : half - min(heights[i], 0) + 1, : max(1, part.shape[1] - 1)] = (9, 105, 218)
+    return image
 
 
 def frame_strip(path: str | Path, rows: Mapping[str, np.ndarray], title: str = "", columns: int = 12) -> Path:
@@ -66,7 +91,11 @@ def _title(rehearsal: RehearsalSet) -> str:
     if not taken:
         return f"{rehearsal.embodiment}: nothing in the pool fits"
     fewer = f" (only {taken} of the {rehearsal.k} asked for)" if taken < rehearsal.k else ""
-    return f"{rehearsal.embodiment}: {taken} trajectories{fewer}, {how}"
+    if rehearsal.recall is not None:
+        how += f" ({rehearsal.search}, recall {rehearsal.recall:.0%})"
+    right = rehearsal.precision[-1].task if rehearsal.precision else None
+    of_task = "" if right is None else f"; {right:.0%} of the task itself (chance {rehearsal.task_share:.0%})"
+    return f"{rehearsal.embodiment}: {taken} trajectories{fewer}, {how}{of_task}"
 
 
 def _caption(rehearsal: RehearsalSet, rank: int) -> str:
@@ -79,7 +108,8 @@ def _caption(rehearsal: RehearsalSet, rank: int) -> str:
 
 
 def _first_frame(store: TrajectoryStore, row: int) -> np.ndarray:
-    return np.asarray(store.slice(int(row), 0, 1)["pixels"][0])
+    first = store.slice(int(row), 0, 1)
+    return picture({name: first[name][0] for name in store.spec(int(row)).observation})
 
 
 Cells = Sequence[tuple[np.ndarray, str]]  # frame, caption

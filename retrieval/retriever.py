@@ -5,20 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import faiss
 import numpy as np
 
-from gsa.errors import FormatError, StaleError, UsageError
+from gsa import config as configs
+from gsa.errors import FormatError, StaleError, UsageError, unknown
 from retrieval.files import replace_file
 from retrieval.index import FeatureIndex
+from retrieval.nearest import Approximate, nearest
 from retrieval.store import TrajectoryStore
 
 VERSION = 1
-QUERIES_AT_ONCE = 16  # from 20 on Faiss expands ‖x − y‖², which loses what is near in rounding
+PRECISION_AT = (10, 50, 100, 250, 500, 1000)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How much of what is nearest is right, where the pool's sources tell."""
+
+    k: int
+    task: float | None  # share of the k taken whose source is the task; None where no source of the pool is
+    embodiment: float | None  # share of the k nearest of all embodiments that are of the task's; None for random
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,16 @@ class RehearsalSet:
     store_id: str
     encoder_hash: str  # of the features; empty where drawn at random
     kind: Literal["nearest", "random"]
+    search: str = "exact"  # or the approximation that was asked for
+    recall: float | None = None  # of an approximation, measured: the share of the k nearest that it finds
+    precision: tuple[Precision, ...] = ()
+    task_share: float | None = None  # of the pool's trajectories of the embodiment: what chance would give
+
+    def __post_init__(self) -> None:
+        if any(type(row) is not int or row < 0 for row in self.rows) or len(set(self.rows)) < len(self.rows):
+            raise FormatError("A rehearsal set has rows that are no rows of a store, or one twice.")
+        if len(self.sources) != len(self.rows) or len(self.distances) not in (0, len(self.rows)):
+            raise FormatError("A rehearsal set has rows, sources and distances that do not go together.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,71 +87,111 @@ class RehearsalSet:
             data = json.loads(Path(path).read_bytes())
         except OSError as error:
             raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path} is not a rehearsal set: {error}.") from None
         if not isinstance(data, dict) or data.pop("format", None) != "gsa-rehearsal":
             raise FormatError(f"{path} is not a rehearsal set.")
         if (version := data.pop("version", None)) != VERSION:
             raise FormatError(f"{path} has rehearsal format version {version}; this version of GSA reads {VERSION}.")
         try:
-            return cls(**data | {key: tuple(data[key]) for key in ("rows", "distances", "sources")})
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{path} is not a rehearsal set: {error}.") from None
+            return configs.from_dict(cls, data)
+        except (UsageError, FormatError) as error:
+            raise FormatError(f"{path} is not a rehearsal set: {error}") from None
 
 
-def retrieve(index: FeatureIndex, queries: np.ndarray, k: int, embodiment: str) -> RehearsalSet:
-    """The k trajectories of an embodiment whose first frames are nearest to any of `queries` [Q, D] float32.
+def retrieve(
+    index: FeatureIndex, queries: np.ndarray, k: int, embodiment: str, task: str = "",
+    approximate: Approximate | None = None,
+) -> RehearsalSet:  # fmt: skip
+    """The k trajectories of an embodiment whose first observations are nearest to any of `queries` [Q, D] float32.
 
-    Distance is the L2 norm to the nearest query. Exact; of equal distances the lower row comes first. Fewer than k
-    where the pool has fewer. UsageError: unknown embodiment, or queries of another dimension.
+    Distance is the L2 norm to the nearest query. Exact, unless an `approximate` search over the embodiment's features
+    is given; of equal distances the lower row comes first. No trajectory comes twice; fewer than k where the pool has
+    fewer. With the name of a `task` the set says how precise it is, as far as the pool's sources tell.
+    UsageError: unknown embodiment, queries of another dimension, k < 1.
     """
+    queries = _checked(index, queries, k, embodiment)
+    rows, distances = _search(index, queries, k, embodiment, approximate)
+    found = RehearsalSet(
+        tuple(rows.tolist()), tuple(distances.tolist()), _sources(index.store, rows), embodiment, k, index.store.id,
+        index.encoder_hash, "nearest", approximate.kind if approximate else "exact",
+        approximate.recall if approximate else None,
+    )  # fmt: skip
+    if not task:
+        return found
+    others = [name for name in index.embodiments if name != embodiment]
+    theirs = [_search(index, queries, k, name, None)[1] for name in others]
+    return _with_precision(found, index.store, task, np.sort(np.concatenate([[], *theirs])))
+
+
+def random_rehearsal(store: TrajectoryStore, k: int, embodiment: str, seed: int, task: str = "") -> RehearsalSet:
+    """k trajectories of an embodiment drawn without replacement: the control that retrieval is held against."""
+    if k < 1:
+        raise UsageError(f"A rehearsal set needs k ≥ 1, not {k}.")
+    rows = np.random.default_rng(seed).permutation(store.rows(embodiment))[:k]
+    found = RehearsalSet(
+        tuple(rows.tolist()), (), _sources(store, rows), embodiment, k, store.id, "", "random", "random"
+    )
+    return _with_precision(found, store, task, None) if task else found
+
+
+def is_of_task(source: str, task: str) -> bool:
+    """Whether a trajectory of that source was collected in a task: "metaworld/reach-v3/scripted-0.5" in
+    "metaworld/reach-v3". Versions are left out of it: the published pool says "metaworld/reach"."""
+    name, of = re.sub(r"-v\d+(?=/|$)", "", source), re.sub(r"-v\d+$", "", task)
+    return name == of or name.startswith(of + "/")
+
+
+def _checked(index: FeatureIndex, queries: np.ndarray, k: int, embodiment: str) -> np.ndarray:
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.ndim != 2 or len(queries) == 0 or k < 1 or not np.all(np.isfinite(queries)):
         raise UsageError(f"Retrieval needs k ≥ 1 and finite queries [Q, D], not {list(queries.shape)} with k={k}.")
     if len(index) and queries.shape[1] != index.dim:
         raise UsageError(f"The queries have {queries.shape[1]} features, the index {index.dim}.")
-    wanted = np.zeros(len(index.store), bool)
-    wanted[index.store.rows(embodiment)] = True
-    rows, distances = np.zeros(0, np.int64), np.zeros(0)
-    for block_rows, features in index.blocks():
-        mask = wanted[block_rows]
-        near_rows, near = _nearest(queries, block_rows[mask], features[mask], k)
-        rows, distances = np.concatenate([rows, near_rows]), np.concatenate([distances, near])
-        best = np.lexsort((rows, distances))[:k]
-        rows, distances = rows[best], distances[best]
-    return _rehearsal(index.store, rows, distances, embodiment, k, index.encoder_hash, "nearest")
+    if embodiment not in index.store.specs:
+        raise unknown("embodiment", embodiment, index.store.specs)
+    return queries
 
 
-def random_rehearsal(store: TrajectoryStore, k: int, embodiment: str, seed: int) -> RehearsalSet:
-    """k trajectories of an embodiment drawn without replacement: the control that retrieval is held against."""
-    if k < 1:
-        raise UsageError(f"A rehearsal set needs k ≥ 1, not {k}.")
-    rows = np.random.default_rng(seed).permutation(store.rows(embodiment))[:k]
-    return _rehearsal(store, rows, np.zeros(0), embodiment, k, "", "random")
-
-
-def _nearest(queries: np.ndarray, rows: np.ndarray, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose least distance to a query is among the k least, and that distance in float64. Unordered.
-
-    One that is among the k nearest to the queries together is among the k nearest to the query nearest to it.
-    """
+def _search(
+    index: FeatureIndex, queries: np.ndarray, k: int, embodiment: str, approximate: Approximate | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(catalog rows, distances) of the k nearest of one embodiment: others are not looked at."""
+    rows, features = index.features(embodiment)
     if len(rows) == 0:
-        return rows, np.zeros(0)
-    found = [
-        faiss.knn(queries[i : i + QUERIES_AT_ONCE], features, min(k, len(rows)))[1]
-        for i in range(0, len(queries), QUERIES_AT_ONCE)
-    ]
-    candidates = np.unique(np.concatenate(found, axis=None))
-    near = features[candidates].astype(np.float64)
-    squared = np.min([((near - query) ** 2).sum(1) for query in queries.astype(np.float64)], axis=0)
-    return rows[candidates], np.sqrt(squared)
+        return np.zeros(0, np.int64), np.zeros(0)
+    valid = index.store.catalog.readable[rows]
+    if approximate is None:
+        found, distances = nearest(queries, features, k, valid)
+    else:
+        found, distances = approximate.nearest(queries, k, valid)
+    return rows[found], distances
 
 
-def _rehearsal(
-    store: TrajectoryStore, rows: np.ndarray, distances: np.ndarray, embodiment: str, k: int, encoder_hash: str,
-    kind: Literal["nearest", "random"],
-) -> RehearsalSet:  # fmt: skip
-    sources = tuple(store.catalog.source(row) for row in rows.tolist())
-    return RehearsalSet(
-        tuple(rows.tolist()), tuple(distances.tolist()), sources, embodiment, k, store.id, encoder_hash, kind
+def _sources(store: TrajectoryStore, rows: np.ndarray) -> tuple[str, ...]:
+    return tuple(store.catalog.source(row) for row in rows.tolist())
+
+
+def _with_precision(found: RehearsalSet, store: TrajectoryStore, task: str, others: np.ndarray | None) -> RehearsalSet:
+    """With what the pool's sources tell of it. `others`: distances of the nearest of other embodiments, ascending."""
+    of_task = np.array([is_of_task(source, task) for source in store.catalog.sources], bool)
+    pool = store.catalog.source_code[store.rows(found.embodiment)]
+    known = bool(len(pool)) and bool(of_task[pool].any())
+    hits = np.array([is_of_task(source, task) for source in found.sources])
+    at = sorted({k for k in PRECISION_AT if k < len(found)} | ({len(found)} if len(found) else set()))
+    return dataclasses.replace(
+        found,
+        task_share=float(of_task[pool].mean()) if known else None,
+        precision=tuple(
+            Precision(k, float(hits[:k].mean()) if known else None, _embodiment_share(found.distances, others, k))
+            for k in at
+        ),
     )
+
+
+def _embodiment_share(own: Sequence[float], others: np.ndarray | None, k: int) -> float | None:
+    """Of the k nearest of all embodiments, the share of one's own; it wins ties."""
+    if others is None:
+        return None
+    merged = np.concatenate([own, others])
+    return float(np.mean(np.argsort(merged, kind="stable")[:k] < len(own)))

@@ -1,4 +1,4 @@
-"""A Gymnasium environment whose image tells its step: for whole runs that need no simulator."""
+"""Gymnasium environments whose images tell their step or place: for whole runs that need no simulator."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 
 import gymnasium as gym
 import numpy as np
+
+from tests.dots import image
 
 STEPS = 20
 
@@ -39,5 +41,18 @@ class Counting(gym.Env):
         return image
 
 
+class Place(Counting):
+    """A white square at a place that the seed draws; it stays there."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = int(self.np_random.integers(8, 56))
+        return self._image(), {}
+
+    def _image(self):
+        return image(getattr(self, "place", 32))
+
+
+gym.register("Place-v0", Place, max_episode_steps=STEPS)
 gym.register("Counting-v0", Counting, max_episode_steps=STEPS)
 gym.register("SlowCounting-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.05})

@@ -273,22 +273,34 @@ def colours_in_reading_order(path):
 def test_a_sheet_shows_the_query_the_nearest_and_the_farthest_in_order(tmp_path, coloured_store):
     rows = tuple(int(r) for r in np.random.default_rng(0).permutation(31))
     taken = rehearsal(tmp_path / "r.json", rows, ["dmc/walker/noise-1"] * 31, k=31)
-    query = np.broadcast_to(COLOURS[31], (64, 64, 3))
-    path = contact_sheet(tmp_path / "sheet.png", query, coloured_store, taken, columns=4)
+    query = np.broadcast_to(COLOURS[31], (1, 64, 64, 3))
+    path = contact_sheet(tmp_path / "sheet.png", {"pixels": query}, coloured_store, taken, columns=4)
     assert colours_in_reading_order(path) == [31, *rows[:4], *rows[-4:]]
 
 
 def test_a_sheet_of_few_shows_each_once(tmp_path, coloured_store):
     taken = rehearsal(tmp_path / "r.json", (3, 9, 1, 7, 5), ["a"] * 5, k=9)
     query = np.broadcast_to(COLOURS[[31, 30]][:, None, None], (2, 64, 64, 3))
-    path = contact_sheet(tmp_path / "sheet.png", query, coloured_store, taken, columns=4)
+    path = contact_sheet(tmp_path / "sheet.png", {"pixels": query}, coloured_store, taken, columns=4)
     assert colours_in_reading_order(path) == [31, 30, 3, 9, 1, 7, 5]
 
 
 def test_a_sheet_of_nothing_says_so(tmp_path, coloured_store):
     nothing = rehearsal(tmp_path / "r.json", (), (), k=5)
-    assert contact_sheet(tmp_path / "sheet.png", film(1)[0], coloured_store, nothing).exists()
+    assert contact_sheet(tmp_path / "sheet.png", {"pixels": film(1)}, coloured_store, nothing).exists()
     assert "nothing in the pool fits" in sheets._title(nothing)
+
+
+def test_several_cameras_are_drawn_side_by_side_and_numbers_as_bars():
+    two = {"front": film(1, 9)[0], "hand": film(1, 200, 32)[0], "state": np.zeros(3, np.float32)}
+    drawn = sheets.picture(two)
+    assert drawn.shape == (64, 96, 3)
+    assert (drawn[:, :64] == 9).all() and (drawn[:32, 64:] == 200).all() and (drawn[32:, 64:] == 255).all()
+    low, high = (sheets.picture({"state": np.float32([0, value])}) for value in (-1e9, 1e9))
+    ink = [np.flatnonzero((picture[:, 40] != 255).any(-1)) for picture in (low, high)]
+    assert ink[0].min() >= 31 and ink[1].max() <= 32
+    assert all(len(rows) > 28 for rows in ink)
+    assert sheets.picture({"state": np.zeros(500, np.float32)}).shape[1] <= 64
 
 
 # Films

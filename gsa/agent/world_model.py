@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +90,17 @@ class WorldModel(nn.Module):
 
     def _encode(self, inputs: observation.Inputs) -> Tensor:
         return observation.encode(self.encoder, self.vector_encoder, inputs)
+
+    @torch.inference_mode()
+    def features(self, seen: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What retrieval compares: an observation {name: [N, …]} to features [N, F] float32, on the CPU.
+
+        Always in float32, whatever the precision of training is: equal weights must give equal features. SpecMismatch
+        where the model cannot see it.
+        """
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for k, v in seen.items()}
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.encode(tensors).float().cpu().numpy()
 
     def observe(
         self, features: Tensor, previous_action: Tensor, is_first: Tensor, generator: torch.Generator
