@@ -22,9 +22,15 @@ def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
     """Pre-trains a world model on a store."""
     preset(config.model)
     from learner.pretrain import pretrain as train
+    from learner.pretrain import what_is_seen
 
-    with TrajectoryStore.open(path) as store, bar("pretrain") as progress:
-        train(store, config, out, progress)
+    with TrajectoryStore.open(path) as store:
+        seen = what_is_seen(store, store.rows(), config).names
+        others = sorted({name for spec in store.specs.values() for name in spec.observation} - set(seen))
+        left_out = f"; left out, as not asked for or not shared by all: {', '.join(others)}" if others else ""
+        console.print(f"The world model sees {', '.join(seen)}{left_out}.", soft_wrap=True)
+        with bar("pretrain") as progress:
+            train(store, config, out, progress)
     console.print(f"World model: {out}")
     return 0
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gsa import config as configs
 from gsa.agent import storage
@@ -21,6 +23,7 @@ from gsa.agent.sizes import ObservationConfig
 from gsa.agent.world_model import TensorBatch, WorldModel
 from gsa.errors import UsageError
 from gsa.metrics import Meter, Progress, RunLog
+from gsa.schema import Batch
 from learner.checkpoint import Checkpoints
 from learner.compute import generator_for, set_up, to_floats
 from learner.config import PretrainConfig
@@ -96,9 +99,10 @@ class Pretraining:
 
     def update(self) -> dict[str, float]:
         """One update on the next batch."""
-        data = TensorBatch.from_batch(next(self._batches), self.device)
+        batch = next(self._batches)
+        data = TensorBatch.from_batch(batch, self.device)
         generator = generator_for(self.device, self.config.seed, self.updates)
-        loss, _, watched = self.model.loss(data, generator)
+        loss, _, watched = self.model.loss(data, generator, self._embodiments(batch))
         step = self._optimiser.step(loss)
         metrics = to_floats("", watched) | {"grad_norm": step["world_model_grad_norm"]}
         self.updates += 1
@@ -126,6 +130,13 @@ class Pretraining:
     def close(self) -> None:
         self._batches.close()
         self._log.close()
+
+    def _embodiments(self, batch: Batch) -> dict[str, Tensor]:
+        """The sequences of each embodiment, name → bool [B], so that its losses are told; none where there is one."""
+        if len(self.store.specs) < 2:
+            return {}
+        names = np.array([self.store.spec(ref.trajectory).embodiment for ref in batch.refs])
+        return {str(name): torch.as_tensor(names == name, device=self.device) for name in np.unique(names)}
 
     def _state(self) -> dict[str, Any]:
         return {

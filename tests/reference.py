@@ -16,10 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from gsa.agent import rssm
+from gsa.agent.vision import OFFSET, from_patches
+from gsa.agent.world_model import WorldModel
+
 VARIABLE = "GSA_PEER_NCRL"
 GOLDEN = Path(__file__).parent / "data" / "reference.npz"
 SMALL = {"deter": 64, "hidden": 24, "stoch": 32, "classes": 4, "depth": 4}
 BATCH, LENGTH, ACTIONS = 2, 6, 21
+COMPARED = ("features", "deter", "posterior", "prior", "image")
 
 
 def formula(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -29,7 +34,8 @@ def formula(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) == 1:
         norm = name.endswith("weight")
         return torch.from_numpy(1 + 0.3 * noise if norm else 0.3 * noise)
-    inputs = shape[1] if len(shape) in (2, 3) else shape[1] * shape[2] * shape[3] / 2
+    taps = np.prod(shape[2:]) / (4 if name.startswith("decoder") else 1) if len(shape) == 4 else 1
+    inputs = shape[0 if len(shape) == 4 and name.startswith("decoder") else 1] * taps
     return torch.from_numpy(noise * np.float32(np.sqrt(3 / inputs)))
 
 
@@ -67,12 +73,13 @@ def modules(deter: int, hidden: int, stoch: int, classes: int, depth: int) -> to
     source = str(Path(os.environ[VARIABLE]) / "src")
     if source not in sys.path:
         sys.path.insert(0, source)
-    from dreamer import nets, rssm  # type: ignore[import-not-found]
+    from dreamer import nets  # type: ignore[import-not-found]
+    from dreamer import rssm as core  # type: ignore[import-not-found]
 
     shape = (3, 64, 64)
     parts = torch.nn.ModuleDict({
         "encoder": nets.Encoder(shape, act="SiLU", cnn_depth=depth),
-        "rssm": rssm.RSSM(32 * depth, ACTIONS, deter, hidden, stoch, classes, act="SiLU"),
+        "rssm": core.RSSM(32 * depth, ACTIONS, deter, hidden, stoch, classes, act="SiLU"),
         "decoder": nets.Decoder(
             shape, deter, stoch * classes, hidden, act="SiLU", cnn_depth=depth, cnn_kernels=(5, 5, 6, 6)
         ),
@@ -85,21 +92,39 @@ def modules(deter: int, hidden: int, stoch: int, classes: int, depth: int) -> to
 def outputs(parts: torch.nn.ModuleDict) -> dict[str, np.ndarray]:
     """The reference over the sequences of `inputs`, step by step through its own obs_step, except that latents are
     drawn by the given numbers: where the probabilities, summed up, pass them."""
-    encoder, rssm, decoder = parts["encoder"], parts["rssm"], parts["decoder"]
-    data = {k: torch.from_numpy(v) for k, v in inputs(rssm._stoch).items()}
+    encoder, core, decoder = parts["encoder"], parts["rssm"], parts["decoder"]
+    data = {k: torch.from_numpy(v) for k, v in inputs(core._stoch).items()}
     embed = encoder(data["pixels"].movedim(-1, -3).float() / 255 - 0.5)
-    state, rows = rssm.initial(BATCH), []
+    state, rows = core.initial(BATCH), []
     for t in range(LENGTH):
         reset, action = data["is_first"][:, t], data["action"][:, t]
-        post, prior = rssm.obs_step(state, action, embed[:, t], reset, should_sample=True)
-        probs = rssm._get_dist(post["logits"]).base_dist.probs
-        index = (probs.cumsum(-1) <= data["uniform"][:, t, :, None]).sum(-1).clamp(max=rssm._classes - 1)
-        state = {**post, "stoch": torch.nn.functional.one_hot(index, rssm._classes).float()}
+        post, prior = core.obs_step(state, action, embed[:, t], reset, should_sample=True)
+        probs = core._get_dist(post["logits"]).base_dist.probs
+        index = (probs.cumsum(-1) <= data["uniform"][:, t, :, None]).sum(-1).clamp(max=core._classes - 1)
+        state = {**post, "stoch": torch.nn.functional.one_hot(index, core._classes).float()}
         image = decoder(state["deter"][:, None], state["stoch"][:, None])[:, 0]
         rows.append((state["deter"], post["logits"], prior["logits"], index, image))
     deter, posterior, prior_logits, index, image = (torch.stack(x, 1) for x in zip(*rows, strict=True))
     found = {"features": embed, "deter": deter, "posterior": posterior, "prior": prior_logits, "image": image}
     return {k: v.numpy() for k, v in found.items()} | {"index": index.numpy().astype(np.uint8)}
+
+
+@torch.no_grad()
+def ours(model: WorldModel) -> dict[str, np.ndarray]:
+    """What `outputs` gives, from this package's modules."""
+    data = {k: torch.from_numpy(v) for k, v in inputs(model.config.stoch).items()}
+    features = model.encode({"pixels": data["pixels"]})
+    states = rssm.scan(
+        model.cell, model.posterior, features, data["action"], data["is_first"], data["uniform"], model.config.unimix
+    )
+    assert model.decoder is not None
+    image = from_patches(model.decoder(states.deter, states.stoch)) + OFFSET
+    found = {
+        "features": features, "deter": states.deter, "posterior": states.logits, "prior": model.prior(states.deter),
+        "image": image.view(*states.deter.shape[:2], 64, 64, 3).movedim(-1, -3),
+    }  # fmt: skip
+    index = states.stoch.unflatten(-1, (model.config.stoch, -1)).argmax(-1)
+    return {k: v.numpy() for k, v in found.items()} | {"index": index.numpy()}
 
 
 def main() -> None:

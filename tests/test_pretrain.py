@@ -133,6 +133,14 @@ def test_the_folder_says_what_the_model_was_trained_on(store, tmp_path):
     assert {n: Spec.from_json(s) for n, s in about["specs"].items()} == store.specs
 
 
+def test_losses_are_told_for_each_embodiment(store, tmp_path):
+    pretrain(store, with_(updates=2, batch=8), tmp_path / "out")
+    row = next(r for r in read_log(tmp_path / "out") if "pretrain/recon" in r)
+    values = [row[f"pretrain/recon/{name}"] for name in ("dots/1", "dots/2")]
+    assert min(values) <= row["pretrain/recon"] <= max(values)
+    assert {"pretrain/dyn/dots/1", "pretrain/rep/dots/2"} <= row.keys()
+
+
 def test_an_empty_store_and_one_of_too_many_actions_are_one_sentence(tmp_path):
     with dots.make_store(tmp_path / "empty", count=0) as empty, pytest.raises(UsageError, match="no trajectories"):
         pretrain(empty, SMALL, tmp_path / "a")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gsa.agent import released, rssm, storage
+from gsa.agent import released, storage
 from gsa.agent.sizes import PIXELS, WorldModelConfig
 from gsa.agent.world_model import WorldModel
 from gsa.errors import FormatError, SpecMismatch, UsageError
@@ -36,28 +36,9 @@ def path(weights, tmp_path):
     return tmp_path / "dmcontrol.pt"
 
 
-@torch.no_grad()
-def ours(model):
-    """What reference.outputs gives, from our modules."""
-    data = {k: torch.from_numpy(v) for k, v in reference.inputs(model.config.stoch).items()}
-    features = model.encode({"pixels": data["pixels"]})
-    states = rssm.scan(
-        model.cell, model.posterior, features, data["action"], data["is_first"], data["uniform"], model.config.unimix
-    )
-    from gsa.agent.vision import OFFSET, from_patches
-
-    image = from_patches(model.decoder(states.deter, states.stoch)) + OFFSET
-    found = {
-        "features": features, "deter": states.deter, "posterior": states.logits, "prior": model.prior(states.deter),
-        "image": image.view(*states.deter.shape[:2], 64, 64, 3).movedim(-1, -3),
-    }  # fmt: skip
-    index = states.stoch.unflatten(-1, (model.config.stoch, -1)).argmax(-1)
-    return {k: v.numpy() for k, v in found.items()} | {"index": index.numpy()}
-
-
 def assert_same(found, expected):
     np.testing.assert_array_equal(found["index"], expected["index"])
-    for name in ("features", "deter", "posterior", "prior", "image"):
+    for name in reference.COMPARED:
         assert np.abs(expected[name]).max() > 0.1, f"{name} says nothing"
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -66,7 +47,7 @@ def test_every_output_is_the_references(path, golden):
     model = released.read(path)
     assert model.config == SIZES
     assert model.config.observation == PIXELS
-    found = ours(model)
+    found = reference.ours(model)
     found["image"] = found["image"][:, ::3, :, ::4, ::4]
     assert_same(found, golden)
 
@@ -75,7 +56,7 @@ def test_gates_split_by_block_would_not_be_the_references(path, golden):
     """The two layouts have the same shapes: only the numbers tell them apart."""
     model = released.read(path)
     model.cell.gates = "per-block"
-    assert np.abs(ours(model)["deter"] - golden["deter"]).max() > 0.01
+    assert np.abs(reference.ours(model)["deter"] - golden["deter"]).max() > 0.01
 
 
 @pytest.mark.slow
@@ -86,7 +67,7 @@ def test_the_golden_numbers_are_what_the_reference_gives_now(sizes, golden, tmp_
     parts = reference.modules(**sizes)
     torch.save({"wm": {name: part.state_dict() for name, part in parts.items()}}, tmp_path / "live.pt")
     expected = reference.outputs(parts)
-    assert_same(ours(released.read(tmp_path / "live.pt")), expected)
+    assert_same(reference.ours(released.read(tmp_path / "live.pt")), expected)
     if sizes == reference.SMALL:
         expected["image"] = expected["image"][:, ::3, :, ::4, ::4]
         for name, value in expected.items():

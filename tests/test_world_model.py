@@ -153,6 +153,20 @@ def test_free_bits_are_clipped_per_step_then_averaged():
     assert parts["kl"].tolist()[0] == pytest.approx([0.0, far])
 
 
+def test_groups_have_their_own_losses_which_add_up_to_the_whole():
+    model, batch = model64(), batch64()
+    groups = {"a": torch.tensor([True, False, True]), "b": torch.tensor([False, True, False])}
+    loss, _, metrics = model.loss(batch, generator(3), groups)
+    steps = {"a": 8, "b": 5}  # the last sequence is two rows short
+    for part in ("recon", "dyn", "rep"):
+        total = sum(metrics[f"{part}/{name}"] * n for name, n in steps.items())
+        torch.testing.assert_close(total / 13, metrics[part])
+    valid = batch.valid & groups["b"][:, None]
+    _, _, only_b = model.loss(dataclasses.replace(batch, valid=valid), generator(3))
+    torch.testing.assert_close(metrics["recon/b"], only_b["recon"])
+    assert torch.equal(loss, model.loss(batch, generator(3))[0])
+
+
 def test_rows_after_the_end_change_neither_loss_nor_gradient():
     model, batch = model64(), batch64()
     loss, *_ = model.loss(batch, generator())

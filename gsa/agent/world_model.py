@@ -138,8 +138,13 @@ class WorldModel(nn.Module):
         vectors = None if self.vector_decoder is None else self.vector_decoder(*state)
         return observation.split(self.config.observation, images, vectors)
 
-    def loss(self, batch: TensorBatch, generator: torch.Generator) -> tuple[Tensor, States, dict[str, Tensor]]:
-        """The training loss (a scalar), the inferred states of [B, T, …] with gradient, and metrics."""
+    def loss(
+        self, batch: TensorBatch, generator: torch.Generator, groups: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, States, dict[str, Tensor]]:
+        """The training loss (a scalar), the inferred states of [B, T, …] with gradient, and metrics.
+
+        `groups`, name → bool [B], are sequences whose parts of the loss are wanted apart: as metrics "part/name".
+        """
         shape, what = batch.is_first.shape, self.config.observation
         what.require(batch.observation, "The world model", "the batch", tuple(shape))
         inputs = observation.prepare(what, batch.observation)
@@ -155,6 +160,9 @@ class WorldModel(nn.Module):
         means = {name: masked_mean(value, batch.valid) for name, value in parts.items()}
         c = self.config
         loss = c.recon_scale * means["recon"] + c.dyn_scale * means["dyn"] + c.rep_scale * means["rep"]
+        for name, rows in (groups or {}).items():
+            chosen = batch.valid & rows[:, None]
+            means |= {f"{part}/{name}": masked_mean(parts[part].detach(), chosen) for part in ("recon", "dyn", "rep")}
         return loss, states, {"loss": loss.detach(), **{k: v.detach() for k, v in means.items()}}
 
     def _errors(self, state: State, inputs: observation.Inputs) -> dict[str, Tensor]:
