@@ -30,7 +30,10 @@ class DMControl:
         self._reward = reward or self.environment.task.get_reward
         self.physics = self.environment.physics
         self._substeps = round(self.environment.control_timestep() / self.physics.timestep())
-        self._renderer = Renderer(self.physics.model.ptr, CAMERA.get(self.domain, 0), profile)
+        self.data = self.physics.data.ptr
+        self.camera = CAMERA.get(self.domain, 0)
+        self.field_of_view = float(self.physics.model.cam_fovy[self.camera])  # degrees, vertical
+        self._renderer = Renderer(self.physics.model.ptr, self.camera, profile)
         self.renderer = self._renderer.name
         self.control_hz = 1 / self.environment.control_timestep()
 
@@ -54,7 +57,7 @@ class DMControl:
         return self.physics.get_state(mujoco.mjtState.mjSTATE_FULLPHYSICS)
 
     def render(self) -> np.ndarray:
-        return self._renderer.render(self.physics.data.ptr)
+        return self._renderer.render(self.data)
 
     def close(self) -> None:
         self._renderer.close()

@@ -23,7 +23,7 @@ Observation = dict[str, np.ndarray]
 class Step:
     """What one agent step brought about: the row t of the time table in `gsa.schema`, and observation t+1."""
 
-    observation: Observation  # {"pixels": [64, 64, 3] uint8}, a buffer of its own
+    observation: Observation  # as in the spec: images [64, 64, 3] uint8, vectors [D] float32, buffers of their own
     action: np.ndarray  # [A] float32 in [-1, 1], as executed: this is what is to be stored
     reward: float  # summed over the frames of the step
     discount: float  # 0 only where the task truly ended; a time limit keeps 1
@@ -40,8 +40,14 @@ class Frame(NamedTuple):
     truncated: bool = False  # the suite's own time limit
 
 
+PIXELS = {"pixels": ArraySpec(IMAGE_SHAPE, "uint8")}  # what is observed unless a simulation says otherwise
+
+
 class Simulation(Protocol):
-    """What a suite must provide. Frames, not agent steps; one instance is one simulator."""
+    """What a suite must provide. Frames, not agent steps; one instance is one simulator.
+
+    One that senses other things than its own image also has `observation`, their specs, and `observe()`, their values.
+    """
 
     control_hz: float  # frames a second of simulated time
     renderer: str  # what the pixels depend on: profile and versions
@@ -66,7 +72,7 @@ class Environment:
         self.simulation = simulation
         self.spec = Spec(
             embodiment=task.embodiment,
-            observation={"pixels": ArraySpec(IMAGE_SHAPE, "uint8")},
+            observation=getattr(simulation, "observation", PIXELS),
             action_dim=task.action_dim,
             action_repeat=task.action_repeat,
             control_hz=simulation.control_hz / task.action_repeat,
@@ -151,10 +157,17 @@ class Environment:
         return np.clip(action, -1.0, 1.0)
 
     def _observe(self) -> Observation:
-        pixels = self.simulation.render()
-        if pixels.shape != IMAGE_SHAPE or pixels.dtype != np.uint8:
-            raise ValueError(f"an image of shape {pixels.shape} and dtype {pixels.dtype}, not {IMAGE_SHAPE} uint8")
-        return {"pixels": pixels}
+        observe = getattr(self.simulation, "observe", None)
+        observation = observe() if observe else {"pixels": self.simulation.render()}
+        for name, spec in self.spec.observation.items():
+            value = observation[name]
+            if value.shape != spec.shape or value.dtype != spec.dtype:
+                raise ValueError(
+                    f"{name} has shape {value.shape} and dtype {value.dtype}, not {spec.shape} {spec.dtype}"
+                )
+            if not spec.is_image and not np.all(np.isfinite(value)):
+                raise ValueError(f"{name} has NaN or infinite values")
+        return observation
 
     def _fail(self, where: str, error: Exception) -> NoReturn:
         self._frames_left = 0

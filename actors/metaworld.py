@@ -32,10 +32,11 @@ class MetaWorld:
         environment.seeded_rand_vec = True
         del environment.sawyer_observation_space  # cached for the hidden goal
         self.environment, self.model, self.data = environment, environment.model, environment.data
-        camera = self.model.camera(CAMERA).id
-        self.model.cam_pos[camera] = CAMERA_POSITION_M  # takes effect at the next mj_forward
+        self.camera = self.model.camera(CAMERA).id
+        self.field_of_view = float(self.model.cam_fovy[self.camera])  # degrees, vertical
+        self.model.cam_pos[self.camera] = CAMERA_POSITION_M  # takes effect at the next mj_forward
         self._pristine = {name: getattr(self.model, name).copy() for name in MODEL_FIELDS}
-        self._renderer = Renderer(self.model, camera, profile, upside_down=True)
+        self._renderer = Renderer(self.model, self.camera, profile, upside_down=True)
         self.renderer = self._renderer.name
         self.control_hz = 1 / float(environment.dt)
         self.state = np.zeros(0)

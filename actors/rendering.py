@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import copy
 import ctypes.util
+import functools
+import hashlib
 import importlib
 import os
 import subprocess
@@ -75,7 +77,7 @@ def check_rendering(deadline_s: float = 60.0) -> str:
 
 
 class Renderer:
-    """Draws one fixed camera of one model. Its OpenGL context belongs to the thread of the first `render`."""
+    """Draws one camera of one model, in the thread of the first `render`. Those of equal models share a canvas."""
 
     def __init__(self, model: Any, camera: int, profile: Profile, upside_down: bool = False) -> None:
         """`upside_down`: the camera itself is mounted so, and the image is turned upright."""
@@ -83,52 +85,45 @@ class Renderer:
 
         self.name = f"{profile} mujoco-{mujoco.__version__}"
         self._model, self._profile, self._upside_down = model, profile, upside_down
+        self._content = _fingerprint(model)  # before an episode moves things in it
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._camera.fixedcamid = camera
-        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
-        self._viewport = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
-        self._gl: Any = None
-        self._context: Any = None
-        self._scene: Any = None
-        self._thread = 0
+        self._canvas: _Canvas | None = None
 
     def render(self, data: Any) -> np.ndarray:
         """The image of `data`, an MjData of the model whose positions are up to date: [64, 64, 3] uint8."""
-        import mujoco
-
-        if self._gl is None:
-            self._open()
-        if threading.get_ident() != self._thread:
+        if self._canvas is None:
+            self._canvas = _borrow(self._model, self._content, self._profile, self)
+        if threading.get_ident() != self._canvas.thread:
             raise UsageError("An environment renders only in the thread that first reset it: make one for each thread.")
-        self._gl.make_current()  # another renderer of this process may have been current
-        everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self._model, data, self._option, self._perturb, self._camera, everything, self._scene)
-        mujoco.mjr_render(self._viewport, self._scene, self._context)
-        image = np.empty(IMAGE_SHAPE, np.uint8)
-        mujoco.mjr_readPixels(image, None, self._viewport, self._context)
+        image = self._canvas.draw(self._model, data, self._camera)
         # OpenGL's rows run from the bottom up; a camera mounted upside down cancels that.
         return image if self._upside_down else image[::-1].copy()
 
     def close(self) -> None:
-        """Frees the context. May be called twice."""
-        if self._gl is not None:
-            if threading.get_ident() == self._thread:  # elsewhere it cannot be made current; it goes with its memory
-                self._gl.make_current()
-                self._context.free()
-            self._gl.free()
-        self._gl = self._context = self._scene = None
+        """Gives back what was drawn with. May be called twice."""
+        if self._canvas is not None:
+            self._canvas.give_back(id(self))
+        self._canvas = None
 
-    def _open(self) -> None:
+
+class _Canvas:
+    """An OpenGL context, and in it all that a model's images are made of: meshes, textures, buffers, a scene."""
+
+    def __init__(self, model: Any, profile: Profile) -> None:
         import mujoco
 
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
+        self.borrowers: set[int] = set()
         # The context copies meshes and buffer sizes from the model it is made of; the simulated model stays as it is.
-        drawn = copy.copy(self._model)
+        drawn = copy.copy(model)
         drawn.vis.global_.offwidth = WIDTH
         drawn.vis.global_.offheight = HEIGHT
-        self._scene = mujoco.MjvScene(self._model, maxgeom=max(1000, 2 * self._model.ngeom))
-        if self._profile == "fast":
+        self._option, self._perturb = mujoco.MjvOption(), mujoco.MjvPerturb()
+        self._viewport = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
+        self._scene = mujoco.MjvScene(model, maxgeom=max(1000, 2 * model.ngeom))
+        if profile == "fast":
             quality = drawn.vis.quality
             quality.offsamples = quality.shadowsize = 0
             quality.numslices, quality.numstacks, quality.numquads = SLICES, STACKS, QUADS
@@ -136,23 +131,78 @@ class Renderer:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._gl = _gl_context()
-        _close_before_exit(self)
         self._gl.make_current()
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
+    def draw(self, model: Any, data: Any, camera: Any) -> np.ndarray:
+        """[64, 64, 3] uint8, rows from the bottom up."""
+        import mujoco
 
-_open_renderers: weakref.WeakSet[Renderer] = weakref.WeakSet()
+        self._gl.make_current()  # another one may have been current
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(model, data, self._option, self._perturb, camera, everything, self._scene)
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        image = np.empty(IMAGE_SHAPE, np.uint8)
+        mujoco.mjr_readPixels(image, None, self._viewport, self._context)
+        return image
+
+    def give_back(self, borrower: int) -> None:
+        """Frees it with its last borrower; in another thread it cannot be, and waits for the next one opened in its."""
+        self.borrowers.discard(borrower)
+        if not self.borrowers and threading.get_ident() == self.thread:
+            self.free()
+
+    def free(self) -> None:
+        # What belongs to an OpenGL context must be freed while it is current: in another one, equal numbers are
+        # other things.
+        for key in [key for key, canvas in _canvases.items() if canvas is self]:
+            del _canvases[key]
+            self._gl.make_current()
+            self._context.free()
+            self._gl.free()
 
 
-def _close_before_exit(renderer: Renderer) -> None:
+_canvases: dict[tuple[int, Profile, bytes], _Canvas] = {}  # by thread, profile and content
+
+
+def _borrow(model: Any, content: bytes, profile: Profile, renderer: Renderer) -> _Canvas:
+    """The canvas of this thread for such models."""
+    thread = threading.get_ident()
+    for canvas in [c for c in _canvases.values() if not c.borrowers and c.thread == thread]:
+        canvas.free()
+    key = (thread, profile, content)
+    if key not in _canvases:
+        _canvases[key] = _Canvas(model, profile)
+        _free_before_exit()
+    _canvases[key].borrowers.add(id(renderer))
+    # A renderer that is dropped unclosed is only noted: the collector may come between two calls of another's drawing.
+    weakref.finalize(renderer, _canvases[key].borrowers.discard, id(renderer)).atexit = False
+    return _canvases[key]
+
+
+@functools.cache
+def _free_before_exit() -> None:
     """Frees what a program leaves open before the OpenGL library ends itself, which would be reported as errors.
 
-    Exit handlers run last in, first out: the first one here is registered after that of the first GLContext.
+    Exit handlers run last in, first out: this one is registered after that of the first GLContext.
     """
-    if not _open_renderers:
-        atexit.register(_close_all)
-    _open_renderers.add(renderer)
+    atexit.register(_free_all)
+
+
+def _free_all() -> None:
+    for canvas in list(_canvases.values()):
+        if canvas.thread == threading.get_ident():
+            canvas.free()
+
+
+def _fingerprint(model: Any) -> bytes:
+    """Equal for models of equal content."""
+    import mujoco
+
+    content = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, content)
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _gl_context() -> Any:
@@ -160,11 +210,6 @@ def _gl_context() -> Any:
     backend = choose_backend()
     module = importlib.import_module("mujoco" if backend == "native" else f"mujoco.{backend}")
     return module.GLContext(WIDTH, HEIGHT)
-
-
-def _close_all() -> None:
-    for renderer in list(_open_renderers):
-        renderer.close()
 
 
 def thin_meshes(model: Any, cell_m: float) -> None:

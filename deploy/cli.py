@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from deploy.config import FinetuneConfig
+from deploy.config import FinetuneConfig, Imports
 from deploy.data_commands import Collect, Index, Ingest, Retrieve, Store
 from gsa import __version__
 from gsa import config as configs
@@ -46,8 +46,10 @@ class Tasks:
     def __call__(self) -> int:
         from actors.tasks import ALL
 
+        print(f"{'task':40} {'embodiment':18} actions  score (frames an episode)")
         for task in ALL:
-            print(f"{task.name:40} {task.embodiment:18} {task.action_dim:3}  {task.score_rule}")
+            print(f"{task.name:40} {task.embodiment:18} {task.action_dim:7}  {task.score_rule} ({task.episode_frames})")
+        print("gym/<EnvId>: any Gymnasium environment with bounded continuous actions; its score is the return")
         return 0
 
 
@@ -72,6 +74,25 @@ class Model:
         if self.world_model is not None:
             return models.show_saved(models.folder(self.world_model, self.out, self.stoch))
         return models.show(self.model, self.action_dim) if self.model else models.show_sizes(self.action_dim)
+
+
+@dataclass(frozen=True)
+class CheckEnv:
+    """Check that an environment, such as one of yours, does what training relies on; says what it observes."""
+
+    task: Positional[str]
+    seed: int = 0
+    steps: int = 0
+    """Agent steps of the episodes that are compared; 0: whole episodes, whose length is then checked too."""
+    render: Literal["fast", "faithful"] = "fast"
+    image: Path | None = None
+    """Also write the first image of an episode as PNG, to look at."""
+    imports: Imports = ()
+
+    def __call__(self) -> int:
+        from deploy.check_env import check_env
+
+        return check_env(self.task, self.seed, self.steps, self.render, self.image, self.imports)
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,7 @@ class Evaluate:
     render: Literal["fast", "faithful"] = "fast"
     video: Path | None = None
     """Also write the first episode as mp4."""
-    imports: tuple[str, ...] = ()
+    imports: Imports = ()
 
     def __call__(self) -> int:
         from deploy import stages
@@ -153,6 +174,7 @@ class Demo:
 Command = (
     Annotated[Doctor, subcommand("doctor")]
     | Annotated[Tasks, subcommand("tasks")]
+    | Annotated[CheckEnv, subcommand("check-env")]
     | Annotated[Collect, subcommand("collect")]
     | Annotated[Ingest, subcommand("ingest")]
     | Annotated[Store, subcommand("store")]

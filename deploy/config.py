@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from actors.guidance import GuidanceConfig
 from gsa.errors import UsageError
@@ -13,6 +15,12 @@ from learner.config import CloneConfig, LearnerConfig
 from replay_service.config import ReplayConfig
 
 Method = Literal["scratch", "naive", "rehearsal", "random-rehearsal", "gsa", "jsrl"]
+Imports = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        name="import", aliases=["--imports"], metavar="MODULE", help="Modules that register Gymnasium environments."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class FinetuneConfig:
     """A running Ray cluster ("auto" or host:port); default: GSA_RAY_ADDRESS, else one of our own."""
     render: Literal["fast", "faithful"] = "fast"
     """Render profile; the pool's should be the same."""
-    imports: tuple[str, ...] = ()
-    """Modules to import first, that register Gymnasium environments."""
+    imports: Imports = ()
     model: str = "small"
     """Size of the world model where none is loaded (scratch)."""
     max_action_dim: int = 21

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
+from deploy.config import Imports
 from retrieval.formats.source import Options
 
 
@@ -125,7 +126,7 @@ class Retrieve:
     """Draw k trajectories of the embodiment at random instead."""
     seed: int = 0
     render: Literal["fast", "faithful"] = "fast"
-    imports: tuple[str, ...] = ()
+    imports: Imports = ()
 
     def __call__(self) -> int:
         from deploy import rehearsal

@@ -17,8 +17,8 @@ from gsa.agent.sizes import PRESETS
 from retrieval.store import TrajectoryStore
 
 COMMANDS = (
-    "doctor", "tasks", "collect", "ingest", "store", "pretrain", "index", "retrieve", "finetune", "evaluate", "report",
-    "demo",
+    "doctor", "tasks", "check-env", "collect", "ingest", "store", "pretrain", "index", "retrieve", "finetune",
+    "evaluate", "report", "demo",
 )  # fmt: skip
 
 
