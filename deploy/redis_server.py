@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import IO
 
 import redis
@@ -26,24 +28,30 @@ from gsa.errors import Unavailable, UsageError
 START_TIMEOUT_S = 10.0
 PORT_ATTEMPTS = 5
 PR_SET_PDEATHSIG = 1
+RESTART_S = (0.1, 5.0)  # between attempts to start it again: doubled from the first up to the second
+_log = logging.getLogger(__name__)
 
 
 class EmbeddedRedis:
-    """Owns one server process: own port, random password, nothing on disk. It ends when this process does.
+    """Owns one server process: own port, random password, nothing on disk. It ends when this process does; where it
+    ends before, it is started again, empty, at the same address with the same password.
 
     `host` is the address to listen on: loopback, or this node's address in the cluster.
     """
 
-    def __init__(self, host: str = "127.0.0.1", binary: str | None = None) -> None:
-        self.host, self.port = host, 0
+    def __init__(self, host: str = "127.0.0.1", binary: str | None = None, restart: bool = True) -> None:
+        self.host, self.port, self.restarts = host, 0, 0
         self._binary = binary or find_binary()
         self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[bytes] | None = None
-        for _ in range(PORT_ATTEMPTS):  # somebody else may take the port before the server does
-            if self._start(_free_port(host)):
-                break
-        else:
-            raise Unavailable(f"{self._binary} could not bind any of {PORT_ATTEMPTS} free ports of {host}.")
+        self._restart, self._closed = restart, threading.Event()
+        self._starting = threading.Lock()  # held while the process is replaced
+        with self._starting:
+            for _ in range(PORT_ATTEMPTS):  # somebody else may take the port before the server does
+                if self._start(_free_port(host)):
+                    break
+            else:
+                raise Unavailable(f"{self._binary} could not bind any of {PORT_ATTEMPTS} free ports of {host}.")
         atexit.register(self.close)
 
     @property
@@ -60,14 +68,16 @@ class EmbeddedRedis:
     def close(self) -> None:
         """Ends the server. Idempotent."""
         atexit.unregister(self.close)
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:  # stopped by a debugger, or stuck
-            self._process.kill()
-            self._process.wait()
+        self._closed.set()
+        with self._starting:
+            if self._process is None or self._process.poll() is not None:
+                return
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:  # stopped by a debugger, or stuck
+                self._process.kill()
+                self._process.wait()
 
     def __enter__(self) -> EmbeddedRedis:
         return self
@@ -83,7 +93,7 @@ class EmbeddedRedis:
             "maxmemory-policy": "noeviction", "dir": tempfile.gettempdir(), "loglevel": "warning",
         }  # fmt: skip
         with tempfile.TemporaryFile() as log:
-            self._process = _start_bound([self._binary, "-"], log)
+            self._process = _start_bound([self._binary, "-"], log, self._ended)
             assert self._process.stdin is not None
             # By standard input: a command line can be read by every user of the machine.
             with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -92,11 +102,27 @@ class EmbeddedRedis:
                 return True
             self._process.kill()
             self._process.wait()
+            self._process = None
             log.seek(0)
             said = " ".join(log.read().decode(errors="replace").split())
         if "in use" in said:
             return False
         raise Unavailable(f"{self._binary} did not start on {self.host}:{port}: {said[-300:] or 'it said nothing'}.")
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        """Starts the server again, if it is the one that serves and is still wanted."""
+        pause_s = RESTART_S[0]
+        with self._starting:
+            if process is not self._process:  # one that never answered
+                return
+            while self._restart and not self._closed.is_set():
+                with contextlib.suppress(Unavailable):
+                    if self._start(self.port):
+                        self.restarts += 1
+                        _log.warning("This run's Redis ended (%s) and was started again.", process.returncode)
+                        return
+                self._closed.wait(pause_s)
+                pause_s = min(2 * pause_s, RESTART_S[1])
 
     def _answers(self) -> bool:
         assert self._process is not None
@@ -129,8 +155,10 @@ def find_binary() -> str:
         ) from None
 
 
-def _start_bound(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts a process that the kernel kills when this one dies, even by kill -9.
+def _start_bound(
+    command: list[str], log: IO[bytes], ended: Callable[[subprocess.Popen[bytes]], None]
+) -> subprocess.Popen[bytes]:
+    """Starts a process that the kernel kills when this one dies, even by kill -9; calls `ended` when it has ended.
 
     The kernel watches the *thread* that started the child, so a thread of its own starts it and stays until it ends.
     """
@@ -161,6 +189,7 @@ def _start_bound(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         finally:
             started.set()
         process.wait()
+        ended(process)
 
     threading.Thread(target=run, name="redis-owner", daemon=True).start()
     started.wait()

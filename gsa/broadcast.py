@@ -18,8 +18,9 @@ import redis
 
 from gsa.errors import FormatError, StaleError, Unavailable
 from gsa.metrics import Meter
+from gsa.node_share import Memory, NodeShare
 from gsa.packing import Packed, pack
-from gsa.redis_link import RedisLink
+from gsa.redis_link import Head, RedisLink
 from gsa.schema import WeightSnapshot
 
 CHECK_S = 1.0  # how often the publisher looks whether the server still has its version
@@ -63,11 +64,13 @@ class RedisPublisher:
     """Owns a group of a run's weights on the server, until another publisher claims it.
 
     A server that is away is waited for in the background; one that comes back empty gets the last version again.
+    Meanwhile `trouble` says in a sentence what is wrong; it is empty where nothing is.
     `epoch` is for callers that number their learners themselves: StaleError if a higher one was claimed.
     """
 
     def __init__(self, url: str, run: str, group: str = "policy", epoch: int | None = None, bf16: bool = False) -> None:
         self.epoch, self.latest = time.time_ns() // 1_000_000 if epoch is None else epoch, -1
+        self.trouble = ""
         self._numbered, self._claimed, self._bf16 = epoch is not None, False, bf16
         self._link, self._meter = RedisLink(url, run, group), Meter("broadcast")
         self._changed = threading.Condition()  # guards what follows
@@ -118,13 +121,15 @@ class RedisPublisher:
             try:
                 if packed is not None and not self._closed:
                     self._send_if_missing(packed)
+                    self.trouble = ""
                 backoff.reset()
             except StaleError:
                 with self._changed:
                     self._fenced = True
                     self._changed.notify_all()
-            except (redis.RedisError, FormatError):
+            except (redis.RedisError, FormatError) as error:
                 self._meter.count("publish_errors")
+                self.trouble = self._link.explain(error, packed.size if packed is not None else 0)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, backoff.next_s())
         self._link.close()
@@ -193,13 +198,19 @@ class _Inbox:
 
 
 class RedisSubscriber(_Inbox):
-    """Follows a group of a run's weights. Without the server it keeps what it has, counts, and tries again."""
+    """Follows a group of a run's weights. Without the server it keeps what it has, counts, and tries again; `trouble`
+    says what is wrong.
+
+    Of those on a node one fetches, the others get the same memory from it. A snapshot's tensors are views of that.
+    """
 
     def __init__(self, url: str, run: str, group: str = "policy") -> None:
         super().__init__()
         self._link, self._closed = RedisLink(url, run, group), threading.Event()
+        self._share = NodeShare(f"{url} {self._link.prefix}")
+        self.trouble = ""
         try:
-            self._link.head()
+            self._link.check_subscriber()
         except redis.RedisError as error:
             self._link.raise_if_refused(error)
         except FormatError:
@@ -217,10 +228,13 @@ class RedisSubscriber(_Inbox):
                     while not self._closed.is_set():
                         self._fetch()
                         backoff.reset()
+                        self.trouble = ""
                         notices.get_message(timeout=POLL_S)
-            except (redis.RedisError, FormatError):
+            except (redis.RedisError, FormatError, OSError, MemoryError) as error:
                 self._meter.count("fetch_errors")
+                self.trouble = self._link.explain(error)
                 self._closed.wait(backoff.next_s())
+        self._share.close()
         self._link.close()
 
     def _fetch(self) -> None:
@@ -229,9 +243,31 @@ class RedisSubscriber(_Inbox):
         if head is None or head[:2] <= self._order:
             return
         started = time.monotonic()
-        if (snapshot := self._link.fetch(head)) is not None:
-            self._put(head.epoch, snapshot)
+        if (snapshot := self._obtain(head)) is not None:
+            self._put(snapshot.meta["epoch"], snapshot)
             self._meter.mean({"fetch_s": time.monotonic() - started})
+
+    def _obtain(self, head: Head) -> WeightSnapshot | None:
+        """The head's version, or a later one: from the node's leader, else from the server."""
+        if not self._share.lead():
+            if (shared := self._share.ask(head[:2], self._closed.is_set)) is not None:
+                self._meter.count("shared")
+                return shared[1]
+            if self._closed.is_set():
+                return None
+        self._share.lead()  # if the one who led is gone
+        memory = Memory()
+        try:
+            if (description := self._link.fetch(head, memory.room)) is None:
+                memory.close()
+                return None
+            snapshot = memory.seal(description)
+        except BaseException:
+            memory.close()
+            raise
+        self._meter.count("fetched")
+        self._share.offer(head[:2], memory)
+        return snapshot
 
 
 class MemoryBroadcast:

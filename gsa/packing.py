@@ -17,6 +17,7 @@ from gsa.schema import WeightSnapshot
 FORMAT = 1
 CHUNK_BYTES = 8 << 20
 ALIGN = 64  # of each tensor within the whole, so that views of it are aligned
+BLOCK = 1 << 16  # values that are rounded at a time
 MAX_BYTES = 16 << 30  # a manifest that claims more is refused before memory is taken
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool", "bfloat16")
 
@@ -62,33 +63,74 @@ def pack(snapshot: WeightSnapshot, bf16: bool = False) -> Packed:
     return Packed(snapshot.version, chunks, tuple(entries), _plain(snapshot.meta))
 
 
-def unpack(manifest: bytes, fetch: Callable[[int], bytes | None]) -> WeightSnapshot | None:
-    """The snapshot that `manifest` describes, each chunk asked of `fetch` in turn; None where one is gone.
+def receive(
+    manifest: bytes, order: tuple[int, int], fetch: Callable[[int, memoryview], int | None],
+    room: Callable[[int], np.ndarray],
+) -> bytes | None:  # fmt: skip
+    """Fetches what `manifest` describes into `room(bytes)`, widened to float32 where it came as bfloat16. It must
+    be of the epoch and version of `order`.
 
-    The manifest and the chunks are not trusted: FormatError where they do not fit together. Tensors are read-only.
+    `fetch(i, into)` gives the length of chunk i, and its bytes if they fit; None where it is gone, and then this is
+    None too. Manifest and chunks are not trusted: FormatError where they do not fit together. Returns the
+    description that `snapshot` takes with the memory.
     """
     data = _read_manifest(manifest)
-    whole, step = np.empty(data["bytes"], np.uint8), data["chunk_bytes"]
+    if (data["epoch"], data["version"]) != order:
+        raise FormatError(f"The manifest of version {order[1]} is that of {data['version']}.")
+    widened = _widened(data)
+    narrow = widened["tensors"] != data["tensors"]
+    whole, step = np.empty(data["bytes"], np.uint8) if narrow else room(data["bytes"]), data["chunk_bytes"]
     for i, crc in enumerate(data["crc32"]):
-        chunk, part = fetch(i), whole[i * step : (i + 1) * step]
-        if chunk is None:
+        part = memoryview(whole)[i * step : (i + 1) * step]
+        if (length := fetch(i, part)) is None:
             return None
-        if len(chunk) != len(part) or zlib.crc32(chunk) != crc:
+        if length != len(part) or zlib.crc32(part) != crc:
             raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
-        part[:] = np.frombuffer(chunk, np.uint8)
+    if narrow:
+        _widen(whole, data["tensors"], room(widened["bytes"]), widened["tensors"])
+    return json.dumps(widened).encode()
+
+
+def snapshot(description: bytes, whole: np.ndarray) -> WeightSnapshot:
+    """The snapshot whose tensors lie in `whole` [bytes], as views; they are read-only."""
+    data = json.loads(description)
     tensors = {name: _view(whole, dtype, shape, offset) for name, dtype, shape, offset in data["tensors"]}
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
     return WeightSnapshot(data["version"], tensors, {**data["meta"], "epoch": data["epoch"]})
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 → the upper halves of their bits as uint16, rounded to nearest even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)  # rounding could carry a NaN into infinity or zero
+    flat = np.ascontiguousarray(values).reshape(-1)
+    out = np.empty(flat.shape, np.uint16)
+    for i in range(0, len(flat), BLOCK):  # what fits into the cache at a time
+        part = flat[i : i + BLOCK]
+        bits = part.view(np.uint32)
+        out[i : i + BLOCK] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        out[i : i + BLOCK][np.isnan(part)] = 0x7FC0  # rounding could carry a NaN into infinity or zero
+    return out.reshape(values.shape)
 
 
-def from_bfloat16(halves: np.ndarray) -> np.ndarray:
-    return (halves.astype(np.uint32) << 16).view(np.float32)
+def _widened(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the same tensors with bfloat16 as float32."""
+    tensors, end = [], 0
+    for name, dtype, shape, _ in data["tensors"]:
+        wide = "float32" if dtype == "bfloat16" else dtype
+        tensors.append([name, wide, shape, end])
+        end += -(-math.prod(shape) * np.dtype(wide).itemsize // ALIGN) * ALIGN
+    if tensors == data["tensors"]:
+        end = data["bytes"]
+    return {key: data[key] for key in ("epoch", "version", "meta")} | {"tensors": tensors, "bytes": end}
+
+
+def _widen(whole: np.ndarray, narrow: list[Any], out: np.ndarray, wide: list[Any]) -> None:
+    for (_, dtype, shape, offset), (_, wide_dtype, _, wide_offset) in zip(narrow, wide, strict=True):
+        values, into = _view(whole, dtype, shape, offset), _view(out, wide_dtype, shape, wide_offset)
+        if dtype == "bfloat16":
+            np.left_shift(values, 16, out=into.view(np.uint32), dtype=np.uint32)
+        else:
+            into[...] = values
 
 
 def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,13 +151,16 @@ def _read_manifest(manifest: bytes) -> dict[str, Any]:
             raise ValueError("a size is not a natural number")
         if data["bytes"] > MAX_BYTES or chunks != -(-data["bytes"] // data["chunk_bytes"]):
             raise ValueError(f"{chunks} chunks for {data['bytes']} bytes")
+        room = data["bytes"]
         for name, dtype, shape, offset in data["tensors"]:
             if not isinstance(name, str) or dtype not in DTYPES:
                 raise ValueError(f"tensor {name!r} of dtype {dtype!r}")
             if not all(type(n) is int and n >= 0 for n in (*shape, offset)) or offset % ALIGN:
                 raise ValueError(f"tensor {name} of shape {shape} at {offset}")
-            if offset + math.prod(shape) * _stored(dtype).itemsize > data["bytes"]:
-                raise ValueError(f"tensor {name} goes past the end")
+            size = math.prod(shape) * _stored(dtype).itemsize
+            room -= -(-size // ALIGN) * ALIGN
+            if offset + size > data["bytes"] or room < 0:
+                raise ValueError(f"tensor {name} goes past the end, or overlaps others")
         return dict(data)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FormatError(f"Not a manifest of weights: {error!r}.") from None
@@ -126,8 +171,6 @@ def _stored(dtype: str) -> np.dtype:
 
 
 def _view(whole: np.ndarray, dtype: str, shape: list[int], offset: int) -> np.ndarray:
+    """A tensor's values, bfloat16 as uint16."""
     stored = _stored(dtype)
-    flat = whole[offset : offset + math.prod(shape) * stored.itemsize].view(stored)
-    values = (from_bfloat16(flat) if dtype == "bfloat16" else flat).reshape(shape)
-    values.flags.writeable = False
-    return values
+    return whole[offset : offset + math.prod(shape) * stored.itemsize].view(stored).reshape(shape)

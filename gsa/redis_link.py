@@ -14,16 +14,18 @@ The head's version does not expire; a superseded one does after GRACE_S, one tha
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
 from gsa.errors import FormatError, StaleError, UsageError
-from gsa.packing import Packed, unpack
-from gsa.schema import WeightSnapshot
+from gsa.packing import Packed, receive
 
 GRACE_S = 120  # a superseded version stays readable this long: more than a fetch takes
 UNFINISHED_S = 600  # longer than sending one takes
@@ -104,14 +106,16 @@ class RedisLink:
             raise self.fenced(epoch)
         return int(claimed), None if head is None else _parse(head)
 
-    def fetch(self, head: Head) -> WeightSnapshot | None:
-        """The head's version; None where it was superseded and has expired since. FormatError where it is damaged."""
+    def fetch(self, head: Head, room: Callable[[int], np.ndarray]) -> bytes | None:
+        """The head's version into `room(bytes)`; returns its description for `packing.snapshot`.
+
+        None where it was superseded and has expired since. FormatError where it is damaged.
+        """
         manifest, *chunks = self._keys(head)
         described = self._get(manifest)
-        snapshot = None if described is None else unpack(described, lambda i: self._get(chunks[i]))
-        if snapshot is not None and (snapshot.meta["epoch"], snapshot.version) != head[:2]:
-            raise FormatError(f"The manifest of version {head.version} is that of {snapshot.version}.")
-        return snapshot
+        if described is None:
+            return None
+        return receive(described, head[:2], lambda i, into: self._get_into(chunks[i], into), room)
 
     def send(self, packed: Packed, epoch: int) -> None:
         """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
@@ -137,12 +141,40 @@ class RedisLink:
     def fenced(self, epoch: int) -> StaleError:
         return StaleError(f"Another learner has taken over {self.prefix} (epoch {epoch} is stale); stop this one.")
 
+    def check_subscriber(self) -> None:
+        """Asks for all that a subscriber does, so that what is not allowed shows at once."""
+        self.head()
+        with self.notices() as notices:
+            notices.get_message(timeout=SOCKET_TIMEOUT_S)
+
     def raise_if_refused(self, error: redis.RedisError) -> None:
         """UsageError where the server is there but does not let us in, so that no waiting helps."""
-        if isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
-            at = self._redis.connection_pool.connection_kwargs
-            where = f"{at['host']}:{at['port']}" if "host" in at else at.get("path")
-            raise UsageError(f"Redis at {where} refuses us: {error}. Check user and password in the URL.") from None
+        refused = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
+        if isinstance(error, refused) or _about_tls(error):
+            raise UsageError(self.explain(error)) from None
+
+    def explain(self, error: Exception, size: int = 0) -> str:
+        """What the error means and what helps, in a sentence. `size`: bytes that were to be sent."""
+        at = self._redis.connection_pool.connection_kwargs
+        where = f"Redis at {at['host']}:{at['port']}" if "host" in at else f"Redis at {at.get('path')}"
+        said = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, redis.exceptions.NoPermissionError):
+            return f"{where} refuses us: {said}. Give the user the rights that docs/deploy.md lists."
+        if isinstance(error, redis.AuthenticationError):
+            return f"{where} refuses us: {said}. Check user and password in the URL."
+        if _about_tls(error):
+            return (
+                f"{where} and we do not agree on TLS: {said}. Name the CA of its certificate with ?ssl_ca_certs=FILE "
+                f"in the URL, use the host name that the certificate is for, and rediss:// only where it speaks TLS."
+            )
+        if isinstance(error, redis.exceptions.OutOfMemoryError):
+            need = f"at least {-(-3 * size >> 20)} MB for these weights" if size else "more"
+            return f"{where} is out of memory: give it {need} (maxmemory). Workers act on with the weights they have."
+        if isinstance(error, redis.TimeoutError):
+            return f"{where} has not answered for {SOCKET_TIMEOUT_S:g} s. Workers act on with the weights they have."
+        if isinstance(error, redis.ConnectionError):
+            return f"{where} cannot be reached: {said}. Workers act on with the weights they have."
+        return f"{where}: {said}."
 
     def close(self) -> None:
         self._redis.close()
@@ -150,9 +182,71 @@ class RedisLink:
     def _get(self, key: str) -> bytes | None:
         return self._redis.get(key)  # type: ignore[return-value]  # bytes, as responses are not decoded
 
+    def _get_into(self, key: str, into: memoryview) -> int | None:
+        """The length of the value, which is received into `into` if it has the same; None where there is none.
+
+        The client's own way to get a value copies it three times and holds the interpreter meanwhile, from the
+        thread that acts. So the reply is read from the connection's socket; what is not as expected is left to
+        the client, on a fresh connection.
+        """
+        pool = self._redis.connection_pool
+        connection: Any = pool.get_connection()
+        try:
+            connection.send_command("GET", key)
+            whole = _receive_bulk(connection._sock, into)
+            if not whole:
+                connection.disconnect()
+        except (TimeoutError, OSError) as error:
+            connection.disconnect()
+            kind = redis.TimeoutError if isinstance(error, TimeoutError) else redis.ConnectionError
+            raise kind(str(error) or "the connection was closed") from None
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+        if whole:
+            return len(into)
+        value = self._get(key)
+        if value is not None and len(value) == len(into):
+            into[:] = value
+        return None if value is None else len(value)
+
     def _keys(self, head: Head) -> list[str]:
         """The manifest's, then the chunks'. The epoch is in them, so that a stale learner overwrites nothing."""
         return [f"{self.prefix}:{head.epoch}:{head.version}:{part}" for part in ("manifest", *range(head.chunks))]
+
+
+def _receive_bulk(sock: socket.socket, into: memoryview) -> bool:
+    """Reads one bulk string of exactly len(into) bytes. False where the reply is another: the connection is spoilt."""
+    expected = b"$%d\r\n" % len(into)
+    begun = bytearray(len(expected) + min(len(into) + 2, 64))
+    got = 0
+    while got < len(expected):
+        got += _some(sock, memoryview(begun)[got:])
+        if not expected.startswith(begun[: min(got, len(expected))]):
+            return False
+    early = memoryview(begun)[len(expected) : got]
+    inside = min(len(early), len(into))
+    into[:inside] = early[:inside]
+    end = bytearray(early[inside:])
+    while inside < len(into):
+        inside += _some(sock, into[inside:])
+    while len(end) < 2:
+        more = bytearray(2 - len(end))
+        end += more[: _some(sock, memoryview(more))]
+    return True
+
+
+def _some(sock: socket.socket, into: memoryview) -> int:
+    if (n := sock.recv_into(into)) == 0:
+        raise ConnectionResetError("the server closed the connection")
+    return n
+
+
+def _about_tls(error: Exception) -> bool:
+    """Whether the two ends fail to agree on TLS. The client wraps what the ssl module says."""
+    return isinstance(error, redis.ConnectionError) and bool(re.search("SSL|CERTIFICATE|TLS", str(error)))
 
 
 def _parse(head: bytes) -> Head:

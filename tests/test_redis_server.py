@@ -97,6 +97,58 @@ def test_close_ends_a_stopped_server(server, monkeypatch):
     assert not alive(server.pid)
 
 
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def pings(server):
+    try:
+        return redis.Redis.from_url(server.url, retry=ONCE).ping()
+    except redis.RedisError:
+        return False
+
+
+def test_killed_it_comes_back_at_the_same_url_and_is_ended_in_the_end(server):
+    url, first = server.url, server.pid
+    redis.Redis.from_url(url).set("a", b"1")
+    for n in (1, 2):
+        os.kill(server.pid, signal.SIGKILL)
+        eventually(lambda n=n: server.restarts == n)
+        assert server.url == url
+        client = redis.Redis.from_url(url)
+        assert client.ping()
+        assert client.get("a") is None
+    last = server.pid
+    assert last != first
+    server.close()
+    assert not alive(last)
+    assert server.restarts == 2
+
+
+def test_it_waits_for_its_port_if_another_has_taken_it(server, monkeypatch):
+    """Nobody else's server may be taken for ours."""
+    start, squatter = server._start, socket.socket()
+    squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+    def taken_first(port):
+        if not tried:
+            squatter.bind((server.host, port))
+            squatter.listen()
+        tried.append(start(port))
+        return tried[-1]
+
+    tried = []
+    monkeypatch.setattr(server, "_start", taken_first)
+    os.kill(server.pid, signal.SIGKILL)
+    eventually(lambda: len(tried) >= 2)
+    assert tried[0] is False
+    squatter.close()
+    eventually(lambda: pings(server))
+
+
 OWNER = """
 import sys, threading, time
 from deploy.redis_server import EmbeddedRedis
