@@ -118,6 +118,8 @@ def test_pixels_alone_are_the_model_and_the_hashes_they_always_were():
     assert model.encoder_hash().startswith("4479db06e5358fdf")
     assert {name.split(".")[0] for name in model.state_dict()} == {"encoder", "cell", "prior", "posterior", "decoder"}
     assert config_hash(ROBOT) != config_hash(MODEL)
+    renamed = WorldModel.create(dataclasses.replace(MODEL, observation=ObservationConfig(("front",))), 0)
+    assert renamed.encoder_hash() != model.encoder_hash()  # it looks at something else
 
 
 def test_what_is_decoded_has_the_names_and_units_of_what_was_seen():

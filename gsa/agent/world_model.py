@@ -182,7 +182,8 @@ class WorldModel(nn.Module):
 
     def encoder_hash(self) -> str:
         """Equal for models that give the same features: the key of a feature index."""
-        digest = hashlib.sha256(repr(self.config.observation).encode())
+        seen = self.config.observation
+        digest = hashlib.sha256(b"" if seen == PIXELS else repr(seen).encode())
         weights = self.encoder.state_dict() if self.encoder is not None else {}
         if self.vector_encoder is not None:
             weights |= self.vector_encoder.state_dict(prefix="vectors.")
