@@ -20,11 +20,14 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "torch", "pyarrow", "ray", "redis", "mujoco")
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """`--quick` for a run of seconds; `--save` keeps the result in benchmarks/results."""
+def arguments(description: str | None, numbers: Mapping[str, float] | None = None) -> argparse.Namespace:
+    """`--quick` for a run of seconds; `--save` keeps the result in benchmarks/results. `numbers`: flags of the
+    benchmark's own and their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a run of seconds, to see that it works")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    for flag, default in (numbers or {}).items():
+        parser.add_argument(flag, type=float, default=default)
     return parser.parse_args()
 
 

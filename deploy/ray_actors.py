@@ -119,7 +119,9 @@ class LearnerActor:
         return True
 
     def finish(self) -> str:
-        """Learns from what is drawn, stops, publishes the last weights and saves the agent. Returns its folder."""
+        """Learns from what is drawn, stops, saves the agent and lets its weights on Redis expire.
+
+        Returns the agent's folder."""
         if self._thread.is_alive():
             self._batches.finish(deadline_s=60)
         self._stop.set()
@@ -130,7 +132,7 @@ class LearnerActor:
         folder = parts.save_agent(self._tuner, self._config, self._run)
         for publisher in (self._weights, self._prior):
             if publisher is not None:
-                publisher.close()
+                publisher.retire()
         return str(folder)
 
     def _learn(self) -> None:

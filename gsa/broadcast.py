@@ -10,6 +10,7 @@ Epochs start at the clock, so they rise also where the server lost its memory.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Protocol
@@ -104,6 +105,12 @@ class RedisPublisher:
     def stats(self) -> dict[str, float]:
         self._meter.gauge("version", self._sent.version if self._sent else -1)
         return self._meter.stats()
+
+    def retire(self) -> None:
+        """Closes, and lets the versions on the server expire: the run is over. A server that is away has nothing."""
+        self.close()
+        with contextlib.suppress(redis.RedisError):
+            self._link.retire()
 
     def close(self) -> None:
         """Stops sending; what is not sent is dropped. The versions on the server stay."""

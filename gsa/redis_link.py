@@ -9,6 +9,7 @@ Under gsa:<run>:<group>:
     <epoch>:<version>:<i>           chunk i, raw bytes
 
 The head's version does not expire; a superseded one does after GRACE_S, one that was never finished after UNFINISHED_S.
+When the run is over, all of the group expire after GRACE_S.
 """
 
 from __future__ import annotations
@@ -131,6 +132,12 @@ class RedisLink:
             raise self.fenced(head.epoch)
         if result != b"flipped":  # incomplete: the server was emptied meanwhile
             raise redis.RedisError(f"Version {head.version} did not become the head: {result.decode()}.")
+
+    def retire(self) -> None:
+        """Lets all keys of the group expire: its run is over."""
+        head = self.head()
+        for key in (self._epoch, self._head, *(self._keys(head) if head is not None else ())):
+            self._redis.expire(key, GRACE_S)
 
     def notices(self) -> PubSub:
         """A subscription to be told of new heads. Close it."""

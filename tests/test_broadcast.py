@@ -508,6 +508,19 @@ def test_groups_and_runs_do_not_mix(server, run):
         assert to_other.poll() is None
 
 
+def test_a_run_that_is_over_leaves_no_lasting_key(server, run):
+    client = redis.Redis.from_url(server.url)
+    publisher, late = RedisPublisher(server.url, run), RedisSubscriber(server.url, run)
+    publisher.publish(snapshot(1))
+    assert publisher.flush(SOON_S)
+    publisher.retire()
+    keys = client.keys(f"gsa:{run}:*")
+    assert len(keys) == 4
+    assert all(0 < client.ttl(key) <= redis_link.GRACE_S for key in keys)
+    assert late.wait(1, SOON_S).version == 1, "what is left can still be fetched"
+    late.close()
+
+
 def test_foreign_bytes_at_the_head_are_survived(server, run):
     client = redis.Redis.from_url(server.url)
     client.set(f"gsa:{run}:policy:head", b"9999999999999999999999999 nonsense")
