@@ -82,13 +82,34 @@ class StoreVerify:
 
 
 @dataclass(frozen=True)
-class Store:
-    """Look into a trajectory store."""
+class StoreExport:
+    """Write a store's trajectories as the reference's npz files or as Minari datasets."""
 
-    what: (
-        Annotated[StoreInfo, subcommand("info", prefix_name=False)]
-        | Annotated[StoreVerify, subcommand("verify", prefix_name=False)]
-    )
+    store: Positional[Path]
+    out: Path
+    """npz: a folder, what is there is kept. minari: a new folder with a dataset for each embodiment."""
+    format: Literal["npz", "minari"] = "npz"
+    embodiment: str = ""
+    """Only this one's."""
+    observation: str = ""
+    """npz: which observation to write, where there are several."""
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.store_export(self.store, self.out, self.format, self.embodiment, self.observation)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Look into a trajectory store, or export it."""
+
+    what: Annotated[
+        Annotated[StoreInfo, subcommand("info")]
+        | Annotated[StoreVerify, subcommand("verify")]
+        | Annotated[StoreExport, subcommand("export")],
+        tyro.conf.arg(name=""),
+    ]
 
     def __call__(self) -> int:
         return self.what()

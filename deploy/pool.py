@@ -50,7 +50,8 @@ def ingest(source: Path, path: Path, format: str, codec: str, options: Options |
         with store:
             with bar("look") as progress:
                 planned = plan(episodes, store, progress)
-            size = f"{planned.bytes / 1e9:.2f} GB" + ("" if store.codec == "none" else f" before {store.codec}")
+            size = f"{planned.bytes / 1e6:.0f} MB" if planned.bytes < 1e9 else f"{planned.bytes / 1e9:.1f} GB"
+            size += "" if store.codec == "none" else f" before {store.codec}"
             console.print(f"{len(planned.entries)} trajectories to add, about {size}; {planned.known} known before.")
             with bar("ingest") as progress:
                 report = run(planned, store, progress, jobs, str(source))
@@ -85,6 +86,23 @@ def store_verify(path: Path) -> int:
         print(f"trajectory {row}: {reason}")
     print(f"{count - len(damaged)} of {count} trajectories are whole.")
     return FAULTS_FOUND if damaged else 0
+
+
+def store_export(path: Path, out: Path, format: str, embodiment: str, observation: str) -> int:
+    """Writes a store in another format. 1 where trajectories could not be written."""
+    from retrieval.export import export
+
+    with TrajectoryStore.open(path) as store, bar("export") as progress:
+        report = export(store, out, format, progress, embodiment, observation)
+    console.print(f"{report.written} trajectories written, {report.kept} were there, {len(report.failed)} were not.")
+    if report.without_reward:
+        said = "zeros were written, and marked has_reward: false" if format == "minari" else "their files have none"
+        console.print(f"{report.without_reward} have no reward: {said}.")
+    for folder in report.folders:
+        print(folder)
+    for id, reason in report.failed:
+        console.print(f"  skipped {id}: {reason}", soft_wrap=True, markup=False)
+    return FAULTS_FOUND if report.failed else 0
 
 
 def source_count(text: str) -> tuple[str, int]:

@@ -230,9 +230,9 @@ def test_nothing_to_ingest_is_said(tmp_path: Path, store: TrajectoryStore) -> No
     with pytest.raises(UsageError, match="no file in it"):
         ingest(tmp_path / "empty", store)
     (tmp_path / "empty" / "a.csv").touch()
-    with pytest.raises(UsageError, match=r"none of .* a LeRobot dataset, .*There is 1 .csv file"):
+    with pytest.raises(UsageError, match=r"none of .* a LeRobot dataset, .*Seen: 1 .csv file"):
         ingest(tmp_path / "empty", store)
-    with pytest.raises(UsageError, match=r"no npz in it. There is 1 .csv file"):
+    with pytest.raises(UsageError, match=r"no npz in it. Seen: 1 .csv file"):
         ingest(tmp_path / "empty", store, format="npz")
     with pytest.raises(UsageError, match=r"'hdf'.*Known: auto, exorl, lerobot, minari, npz, robomimic, store"):
         ingest(tmp_path, store, format="hdf")

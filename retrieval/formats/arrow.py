@@ -18,7 +18,7 @@ from retrieval.formats.source import MAX_BYTES, MAX_STEPS
 if TYPE_CHECKING:
     from retrieval.formats.minari import Leaf
 
-UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError)
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 IMAGE_ROWS = 64  # encoded images handed over at a time
 
 

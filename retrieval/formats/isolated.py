@@ -1,6 +1,6 @@
 """A source read in a process of its own: C libraries parse files from anywhere there, and may crash or want memory.
 
-    parent → child   {"entry": 3} or {"load": 3}: a length in four bytes, then JSON
+    parent → child   {"name": 3}, {"entry": 3} or {"load": 3}: a length in four bytes, then JSON
     child → parent   the same, then the bytes of the arrays that it names
 
 The child has bounded memory and no core dump. When it dies, the episode that it was reading is bad, and the next one
@@ -53,7 +53,10 @@ class Isolated:
         return self._length
 
     def name(self, index: int) -> str:
-        return f"{self._command[0].name} episode {index}"
+        try:
+            return str(self._ask({"name": index})[0]["name"])
+        except FormatError:
+            return f"{self._command[0].name} number {index}"
 
     def entry(self, index: int) -> Entry:
         answer, _ = self._ask({"entry": index})
@@ -79,7 +82,7 @@ class Isolated:
 
     def _ask(self, question: dict[str, int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         (index,) = question.values()
-        with self._reader(self.name(index)) as child:
+        with self._reader(f"{self._command[0].name} number {index}") as child:
             return child.ask(question)
 
     @contextlib.contextmanager
@@ -205,7 +208,9 @@ def serve(setup: dict[str, Any], questions: IO[bytes], answers: IO[bytes]) -> No
     _send(answers, {"length": len(source), "notes": list(source.notes)})
     while len(head := questions.read(4)) == 4:
         question = json.loads(questions.read(struct.unpack("<I", head)[0]))
-        if "entry" in question:
+        if "name" in question:
+            _send(answers, {"name": source.name(question["name"])})
+        elif "entry" in question:
             entry = _try(answers, lambda: source.entry(question["entry"]))  # noqa: B023
             if entry is not None:
                 _send(answers, dataclasses.asdict(entry))

@@ -138,7 +138,7 @@ class Minari:
         return make(
             self._spec, {name: self._observed(index, name, steps + 1) for name in self._names}, action,
             1 - self._column(index, "terminations", steps), reward, source=text(told.get("source") or self._source),
-            id=id, options=self._options, bounds=self._bounds,
+            id=id, options=self._options, bounds=self._bounds, stats=_stats(told),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -294,6 +294,13 @@ def _robot(metadata: Mapping[str, Any], options: Options) -> str:
 def _ours(metadata: Mapping[str, Any]) -> Spec | None:
     """The spec that an export of ours put in."""
     return Spec.from_json(metadata[OURS]) if isinstance(metadata.get(OURS), dict) else None
+
+
+def _stats(told: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {text(k): float(v) for k, v in dict(told.get("stats") or {}).items()}
+    except (TypeError, ValueError, OverflowError):
+        raise FormatError("The numbers in an episode's metadata are not what they should be.") from None
 
 
 def _names_of(spec: Spec, kinds: Mapping[str, Kind]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ from retrieval.formats.source import MAX_BYTES
 MAX_MEMBERS = 64
 REQUIRED = ("observation", "action", "discount")
 UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, OverflowError, struct.error,
-    zipfile.BadZipFile, zlib.error,
+    OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, OverflowError, MemoryError,
+    SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def _check(headers: dict[str, tuple[tuple[int, ...], np.dtype, bool]]) -> None:
         raise FormatError(f"It has {rows} observations; an episode has at least 2.")
     for name, (shape, dtype, _) in headers.items():
         scalar = shape in ((rows,), (rows, 1))
-        fits = scalar if name in ("reward", "discount") else shape[0] == rows
+        fits = scalar if name in ("reward", "discount") else shape[:1] == (rows,)
         if not fits or (name == "action" and len(shape) != 2) or (name != "observation" and dtype.kind != "f"):
             raise FormatError(f"{name} is {list(shape)} {dtype}, which does not fit {rows} observations.")
 

@@ -7,8 +7,10 @@ dmcontrol/<domain>/…            the paper's pools; metaworld/<task>/… too
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from gsa.schema import ArraySpec, Spec
 from retrieval.formats import images, npz
 from retrieval.formats.source import Entry, Loaded, Options, adapt, bounds_from, make
 
-IDS_IN_NAMES = "ids_in_names"  # in a spec.json: the second part of each file's name is its trajectory's id
+IDS_IN_NAMES = "ids_in_names"  # in a spec.json: the second part of each file's name tells its trajectory's id
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class NpzFolder:
     def _id(self, path: Path, content: str) -> str:
         known = self._described(path.parent)
         parts = path.stem.split("-")
-        return parts[1] if known is not None and known.ids_in_names and len(parts) == 4 else content
+        return id_of(parts[1]) if known is not None and known.ids_in_names and len(parts) == 4 else content
 
     def _described(self, folder: Path) -> Description | None:
         if folder not in self._descriptions:
@@ -104,6 +106,22 @@ class NpzFolder:
             episode.action.shape[1], repeat, renderer="faithful" if image and embodiment else "",
         )  # fmt: skip
         return Description(spec, source or self._options.embodiment)
+
+
+def name_part(id: str) -> str:
+    """An id as hexadecimal digits: those of most ids as they are; others are encoded, which their odd number tells."""
+    if re.fullmatch("([0-9a-f]{2}){1,50}", id):
+        return id
+    content = id.encode()
+    return f"0{content.hex()}" if len(content) <= 50 else hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def id_of(digits: str) -> str:
+    """The id that `name_part` made the digits of. FormatError if it made none."""
+    try:
+        return bytes.fromhex(digits[1:]).decode() if len(digits) % 2 else digits
+    except ValueError:
+        raise FormatError(f"Its name has '{digits[:40]}' for an id.") from None
 
 
 def _named(path: Path, exorl: bool) -> tuple[str, str, int]:

@@ -52,7 +52,7 @@ def open_source(path: str | Path, format: str = "auto", options: Options | None 
     source = Isolated(path, name, options) if known[name].isolated else known[name].open(path, options)
     if not len(source):
         source.close()
-        raise UsageError(f"There is nothing to ingest at {path}: no {name} in it. There is {seen(path)}.")
+        raise UsageError(f"There is nothing to ingest at {path}: no {name} in it. Seen: {seen(path)}.")
     return source
 
 
@@ -63,7 +63,7 @@ def detect(path: Path) -> str:
             return name
     raise UsageError(
         f"There is nothing to ingest at {path}: it is none of {', '.join(f.title for f in formats().values())}. "
-        f"There is {seen(path)}. If it is one of them, say --format."
+        f"Seen: {seen(path)}. If it is one of them, say --format."
     )
 
 

@@ -51,28 +51,25 @@ class Robomimic:
         self._options, self._bounds = options, bounds_from(options, None)
         self._root = path.parent if path.is_file() else path
         self._demos: list[tuple[Path, str]] = []
-        faults = []
+        self._faults: dict[int, str] = {}  # files without demonstrations, each in the place of one
         for file in files:
             try:
                 self._demos += [(file, name) for name in _demos(file)]
             except FormatError as error:
-                faults.append(str(error))
+                self._faults[len(self._demos)] = str(error)
+                self._demos.append((file, ""))
         self._open = lru_cache(1)(Node.open)
-        if files and not self._demos:
-            raise FormatError(f"There is no robomimic demonstration at {path}: {' '.join(faults)}")
-        self.notes = [f"Skipped: {fault}" for fault in faults]
-        if self._demos:
-            self._names, said = choose(self._kinds(0), options, self._demos[0][0].name)
-            self.notes += said
-
-    notes: Sequence[str]
+        whole = next((i for i in range(len(self._demos)) if i not in self._faults), None)
+        if whole is None:
+            raise FormatError(f"There is no robomimic demonstration at {path}. {' '.join(self._faults.values())}")
+        self._names, self.notes = choose(self._kinds(whole), options, self._demos[whole][0].name)
 
     def __len__(self) -> int:
         return len(self._demos)
 
     def name(self, index: int) -> str:
         file, demo = self._demos[index]
-        return f"{file.relative_to(self._root)} {demo}"
+        return f"{file.relative_to(self._root)} {demo}".rstrip()
 
     def entry(self, index: int) -> Entry:
         spec, _, actions, steps = self._look(index)
@@ -116,6 +113,8 @@ class Robomimic:
 
     def _look(self, index: int) -> tuple[Spec, str, np.ndarray, int]:
         """Spec, source, all recorded actions, and the steps that can be stored."""
+        if index in self._faults:
+            raise FormatError(self._faults[index])
         demo, kinds = self._demo(index), self._kinds(index)
         if missing := [key for key in self._names.values() if key not in kinds]:
             raise FormatError(f"It has no observation {', '.join(missing)}.")
@@ -151,6 +150,8 @@ def _demos(file: Path) -> list[str]:
     root = Node.open(file)
     try:
         names = [name for name in root.node("data").names() if DEMO.fullmatch(name)]
+        if not names:
+            raise FormatError(f"{file.name} has no data/demo_0.")
     finally:
         root.close()
     return sorted(names, key=lambda name: int(name.removeprefix("demo_")))

@@ -153,7 +153,7 @@ class Kind:
 def kind_of(shape: Sequence[int], dtype: np.dtype | str) -> Kind | None:
     """What an observation of that shape and dtype is at one step; None for what cannot be stored.
 
-    uint8 [H, W, 3 or 4 or 1], [3, H, W] and [H, W] from 8×8 are images; other numbers are vectors.
+    uint8 [H, W, 3 or 4 or 1] is an image, and so are [3, H, W] and [H, W] from 8×8; other numbers are vectors.
     """
     shape, dtype = tuple(int(n) for n in shape), np.dtype(dtype)
     if dtype.kind not in "fuib" or dtype.itemsize > 8 or any(n < 1 for n in shape):
@@ -166,14 +166,14 @@ def kind_of(shape: Sequence[int], dtype: np.dtype | str) -> Kind | None:
 def image_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Height and width of an image of that shape, channels last or first or none; None if it is none."""
     if len(shape) == 3 and shape[2] in (1, 3, 4):
-        height, width = shape[:2]
+        size, least = shape[:2], 1
     elif len(shape) == 3 and shape[0] in (1, 3):
-        height, width = shape[1:]
+        size, least = shape[1:], 8
     elif len(shape) == 2:
-        height, width = shape
+        size, least = shape, 8
     else:
         return None
-    return (height, width) if min(height, width) >= 8 and max(height, width) <= 4096 else None
+    return (size[0], size[1]) if least <= min(size) and max(size) <= 4096 else None
 
 
 def choose(kinds: Mapping[str, Kind], options: Options, where: str) -> tuple[dict[str, str], list[str]]:
