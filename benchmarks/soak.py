@@ -44,7 +44,7 @@ from tests.processes import alive, children
 gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.1})
 
 MARK = "GSA_SOAK"
-WORKERS, BUDGET, SEED = 2, 12_000, 0  # agent steps: a quarter of an hour without kills
+WORKERS, BUDGET, SEED = 2, 6_000, 0  # agent steps: some ten minutes a run
 KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S, REDIS_AWAY_S = 60.0, 10.0, 120.0, 5.0
 PARTS = {  # what is killed: the title of its processes, and how often it is drawn
     "a worker": ("GSAEnvRunner", 4), "all workers": ("GSAEnvRunner", 1), "replay": ("ReplayActor", 2),
