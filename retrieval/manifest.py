@@ -91,6 +91,8 @@ class Manifest:
         """Enters an embodiment, durably. SpecMismatch if it is known with another spec; a warning if only the
         renderer differs, as its pixels may."""
         known = self.specs.get(spec.embodiment)
+        if known == spec:
+            return
         if known is None:
             layout = Layout.of(spec)
             Manifest(self.id, self.codec, self.specs | {spec.embodiment: spec}).save(folder)

@@ -16,6 +16,22 @@ MALFORMED = (struct.error, ValueError, IndexError)  # what reading garbage ends 
 _U16, _I32, _I64 = struct.Struct("<H"), struct.Struct("<i"), struct.Struct("<q")
 
 
+@dataclass(slots=True)
+class Buffers:
+    """Where the buffers of a record batch are."""
+
+    body: int
+    end: int
+    numbers: tuple[int, ...]  # place from `body` and bytes, in turns
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        """The first byte of the i-th in the file, and the one after its last. One of MALFORMED if it is not there."""
+        first, size = self.numbers[2 * i : 2 * i + 2]
+        if first < 0 or size < 0 or self.body + first + size > self.end:
+            raise ValueError("a buffer lies outside of it")
+        return self.body + first, self.body + first + size
+
+
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
     """What the header at byte `start` says. Sizes are within the file; what they hold is not checked."""
@@ -23,7 +39,6 @@ class RecordBatch:
     start: int
     end: int  # of the body
     rows: int
-    buffers: list[tuple[int, int]]  # (first byte in the file, bytes) of each
     metadata: dict[bytes, bytes]
 
 
@@ -36,10 +51,10 @@ def record_batch(raw: memoryview, start: int) -> RecordBatch:
         raise ValueError("it is not whole")
     batch = _follow(raw, _field(raw, message, 2))
     (rows,) = _I64.unpack_from(raw, _field(raw, batch, 0))
-    return RecordBatch(start, end, rows, buffers(raw, start, end), _metadata(raw, message))
+    return RecordBatch(start, end, rows, _metadata(raw, message))
 
 
-def buffers(raw: memoryview, start: int, end: int) -> list[tuple[int, int]]:
+def buffers(raw: memoryview, start: int, end: int) -> Buffers:
     """The buffers of the record batch message at bytes start…end. One of MALFORMED where there is none."""
     message, body = _message(raw, start)
     batch = _follow(raw, _field(raw, message, 2))
@@ -48,10 +63,7 @@ def buffers(raw: memoryview, start: int, end: int) -> list[tuple[int, int]]:
     if not (start < vector < body <= end <= len(raw) and 0 <= count <= (body - vector) // 16):
         raise ValueError("its header is not one")
     numbers = struct.unpack_from(f"<{2 * count}q", raw, vector + 4)
-    pairs = [(body + offset, size) for offset, size in zip(numbers[::2], numbers[1::2], strict=True)]
-    if any(offset < body or size < 0 or offset + size > end for offset, size in pairs):
-        raise ValueError("a buffer lies outside of it")
-    return pairs
+    return Buffers(body, end, numbers)
 
 
 def blocks(raw: memoryview) -> list[tuple[int, int]]:

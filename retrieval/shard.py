@@ -259,9 +259,9 @@ def _next_trajectory(memory: mmap.mmap, layout: Layout, start: int, codec: str) 
 
 def _decompress(raw: memoryview, place: tuple[int, int], column: Column, rows: int, codec: str) -> np.ndarray:
     """The values of a column in one record batch. The buffer begins with its size; −1 if it is not compressed."""
-    (offset, size), expected = place, rows * column.step_bytes
-    (unpacked,) = _SIZE.unpack_from(raw, offset)
-    packed = raw[offset + _SIZE.size : offset + size]
+    (start, end), expected = place, rows * column.step_bytes
+    (unpacked,) = _SIZE.unpack_from(raw, start)
+    packed = raw[start + _SIZE.size : end]
     if unpacked == -1:
         values = packed
     elif unpacked == expected:

@@ -58,12 +58,17 @@ def read_npz(path: Path) -> Episode:
         arrays = {name: _array(archive, name, shape, dtype, fortran) for name, (shape, dtype, fortran) in
                   headers.items()}  # fmt: skip
     observation = arrays["observation"]
-    if observation.ndim == 4:
-        observation = np.ascontiguousarray(observation.transpose(0, 2, 3, 1))
-    else:
-        observation = observation.astype(np.float32)
+    observation = _channels_last(observation) if observation.ndim == 4 else observation.astype(np.float32)
     reward = _scalar(arrays["reward"]) if "reward" in arrays else None
     return Episode(observation, arrays["action"][1:], _scalar(arrays["discount"]), reward)
+
+
+def _channels_last(images: np.ndarray) -> np.ndarray:
+    """[N, 3, H, W] → [N, H, W, 3]. A channel at a time: a transposed copy takes five times as long."""
+    out = np.empty((len(images), *images.shape[2:], 3), images.dtype)
+    for channel in range(3):
+        out[..., channel] = images[:, channel]
+    return out
 
 
 def directory(path: Path) -> tuple[str, int]:
