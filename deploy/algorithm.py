@@ -18,6 +18,7 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.env_runner import GSAEnvRunner
+from deploy.progress import console
 from deploy.provenance import source_hash
 from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait_until_alive
 from gsa.errors import GsaError
@@ -86,6 +87,7 @@ class GSA(Algorithm):
         self._go_on_logging(config.run)
         self.frames, self.done = 0, False
         self.latest: dict[str, float] = {}
+        self.trouble = ""
         self._evaluation: Any = None
         self._save: Any = None
         self._restarts = 0
@@ -160,7 +162,14 @@ class GSA(Algorithm):
             self._learner_heard = time.monotonic()
         elif time.monotonic() - self._learner_heard > SILENT_S:
             raise GsaError(f"The learner has not answered for {SILENT_S:.0f} s; go on with gsa finetune --resume.")
+        self._tell(self._ask("learner", self.learner.trouble))
         return stats or {"driver/learner_unanswered": 1.0}
+
+    def _tell(self, trouble: str | None) -> None:
+        """Prints what is wrong with the broadcast when it begins, and when it is over."""
+        if trouble is not None and trouble != self.trouble:
+            console.print(trouble or "The weight broadcast works again.", soft_wrap=True)
+            self.trouble = trouble
 
     def _save_if_due(self, score: float | None) -> None:
         """Lets the learner save, beside its learning, unless it still does."""

@@ -56,7 +56,8 @@ def run_distributed(
             if now != seen:
                 moved, seen = time.monotonic(), now
             elif time.monotonic() - moved > STALLED_S:
-                raise GsaError(f"Nothing was collected or learned for {STALLED_S:.0f} s; see {run / 'metrics.jsonl'}.")
+                why = algorithm.trouble or f"See {run / 'metrics.jsonl'}."
+                raise GsaError(f"Nothing was collected or learned for {STALLED_S:.0f} s. {why}")
             progress(algorithm.frames, config.budget_frames, parts.headline(algorithm.latest))
         return algorithm.finish()
     finally:

@@ -109,6 +109,10 @@ class LearnerActor:
             raise GsaError(f"The learner stopped: {self._error}") from self._error
         return {**self._loop.stats(), **self._weights.stats(), **self._checkpoints.stats()}
 
+    def trouble(self) -> str:
+        """What is wrong with the broadcast, as a sentence; empty where nothing is."""
+        return self._weights.trouble
+
     def save(self, frames: int, score: float | None, wait: bool) -> bool:
         """Saves what it has learned, if that is due; with `wait` in any case, and until it is on disk."""
         if wait or score is not None or self._checkpoints.due(frames):

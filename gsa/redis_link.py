@@ -31,6 +31,7 @@ from gsa.packing import Packed, receive
 GRACE_S = 120  # a superseded version stays readable this long: more than a fetch takes
 UNFINISHED_S = 600  # longer than sending one takes
 SOCKET_TIMEOUT_S = 5.0
+_GO_ON = "Workers act on with the weights they have."
 
 # Keys: epoch, head. Arguments: the epoch wanted; 1 to get one above all before it, 0 for this one or none.
 _CLAIM = """
@@ -176,11 +177,13 @@ class RedisLink:
             )
         if isinstance(error, redis.exceptions.OutOfMemoryError):
             need = f"at least {-(-3 * size >> 20)} MB for these weights" if size else "more"
-            return f"{where} is out of memory: give it {need} (maxmemory). Workers act on with the weights they have."
+            return f"{where} is out of memory: give it {need} (maxmemory). {_GO_ON}"
         if isinstance(error, redis.TimeoutError):
-            return f"{where} has not answered for {SOCKET_TIMEOUT_S:g} s. Workers act on with the weights they have."
+            tls = issubclass(self._redis.connection_pool.connection_class, redis.SSLConnection)
+            hint = "Does it speak TLS? " if tls else ""
+            return f"{where} has not answered for {SOCKET_TIMEOUT_S:g} s. {hint}{_GO_ON}"
         if isinstance(error, redis.ConnectionError):
-            return f"{where} cannot be reached: {said}. Workers act on with the weights they have."
+            return f"{where} cannot be reached: {said}. {_GO_ON}"
         return f"{where}: {said}."
 
     def close(self) -> None:

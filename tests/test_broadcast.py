@@ -1,58 +1,21 @@
 """The weight broadcast: one contract for both twins, then what only a real server can do to us."""
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import redis
 
-from deploy.redis_server import EmbeddedRedis
 from gsa import packing, redis_link
 from gsa.broadcast import MemoryBroadcast, RedisPublisher, RedisSubscriber
 from gsa.errors import FormatError, StaleError, Unavailable, UsageError
 from gsa.redis_link import Head, RedisLink
 from gsa.schema import WeightSnapshot
-
-SOON_S = 20
-
-
-@pytest.fixture(scope="module")
-def server():
-    with EmbeddedRedis() as server:
-        yield server
-
-
-@pytest.fixture
-def run():
-    """A run of its own on the shared server."""
-    return f"run-{random.getrandbits(64):x}"
-
-
-def snapshot(version, size=1000, **meta):
-    """Every number in it says its version: a torn one shows."""
-    tensors = {
-        "encoder.weight": np.full((size, 3), version, np.float32),
-        "core/bias": np.full(7, version, np.float32),
-        "steps": np.array(version, np.int64),
-    }
-    return WeightSnapshot(version, tensors, {"updates": version, **meta})
-
-
-def assert_whole(received, version=None):
-    version = received.version if version is None else version
-    assert received.version == version == received.meta["updates"]
-    for name, tensor in snapshot(version).tensors.items():
-        assert received.tensors[name].dtype == tensor.dtype
-        assert (received.tensors[name] == version).all()
-    assert received.tensors["steps"].shape == ()
-
+from tests.broadcasting import SOON_S, assert_whole, closing, eventually, snapshot
 
 # The contract
 
@@ -295,36 +258,11 @@ def test_what_cannot_be_published_is_refused_at_once(server, run):
 # A real server
 
 
-@contextmanager
-def closing(*parts):
-    try:
-        yield parts
-    finally:
-        for part in parts:
-            part.close()
-
-
-@pytest.fixture
-def own_server():
-    """A server that a test may hurt, and starts again itself."""
-    with EmbeddedRedis(restart=False) as server:
-        yield server
-        if server._process.poll() is None:
-            os.kill(server.pid, signal.SIGCONT)
-
-
 def restarted(server):
     """Kills the server and starts it again, empty, at the same address with the same password."""
     server._process.kill()
     server._process.wait()
     assert server._start(server.port)
-
-
-def eventually(condition, what):
-    deadline = time.monotonic() + SOON_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_in_many_chunks(server, run, monkeypatch):
@@ -374,7 +312,7 @@ def test_unfinished_version_cannot_be_seen_and_expires(server, run):
 PUBLISH_FOR_EVER = """
 import sys
 from gsa.broadcast import RedisPublisher
-from tests.test_broadcast import snapshot
+from tests.broadcasting import snapshot
 publisher = RedisPublisher(sys.argv[1], sys.argv[2])
 version = publisher.latest + 1
 print(version, flush=True)
@@ -385,20 +323,25 @@ while True:
 """
 
 
-def test_publisher_killed_at_any_moment_leaves_no_torn_snapshot(server, run):
-    """Killed five times while it publishes; its successor goes on above; what is received is always whole."""
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_publisher_killed_at_any_moment_leaves_no_torn_snapshot(server, run, kills):
+    """Killed while it publishes; its successor goes on above; what is received is always whole and rises."""
     with closing(RedisSubscriber(server.url, run)) as (subscriber,):
-        seen, stop = [], threading.Event()
+        order, torn, stop = [], [], threading.Event()
 
         def follow():
             while not stop.is_set():
                 if (received := subscriber.poll()) is not None:
-                    seen.append(received)
+                    order.append((received.meta["epoch"], received.version))
+                    try:
+                        assert_whole(received)
+                    except AssertionError as error:
+                        torn.append(error)
 
         thread = threading.Thread(target=follow)
         thread.start()
         try:
-            for _ in range(5):
+            for _ in range(kills):
                 process = subprocess.Popen(
                     [sys.executable, "-c", PUBLISH_FOR_EVER, server.url, run], stdout=subprocess.PIPE
                 )
@@ -411,10 +354,9 @@ def test_publisher_killed_at_any_moment_leaves_no_torn_snapshot(server, run):
         finally:
             stop.set()
             thread.join()
-        assert len(seen) > 5
-        for received in seen:
-            assert_whole(received)
-        order = [(received.meta["epoch"], received.version) for received in seen]
+        print(f"{kills} kills, {len(order)} snapshots received, {len(torn)} torn")
+        assert len(order) >= kills
+        assert not torn
         assert order == sorted(set(order))
         assert [version for _, version in order] == sorted({version for _, version in order})
         assert subscriber.stats().get("broadcast/fetch_errors", 0) == 0
@@ -460,27 +402,6 @@ def test_server_down_from_the_start(own_server, run):
         assert own_server._start(own_server.port)
         assert_whole(subscriber.wait(1, SOON_S), 1)
         assert publisher.stats()["broadcast/publish_errors"] >= 1
-
-
-def test_neither_side_ever_blocks_on_a_stopped_server(own_server, run, monkeypatch):
-    """The worst server: it takes connections and never answers."""
-    monkeypatch.setattr(redis_link, "SOCKET_TIMEOUT_S", 1.0)
-    with closing(RedisPublisher(own_server.url, run), RedisSubscriber(own_server.url, run)) as (publisher, subscriber):
-        publisher.publish(snapshot(1))
-        subscriber.wait(1, SOON_S)
-        os.kill(own_server.pid, signal.SIGSTOP)
-        slowest, began = 0.0, time.monotonic()
-        version = 2
-        while time.monotonic() < began + 3:
-            started = time.monotonic()
-            assert subscriber.poll() is None
-            publisher.publish(snapshot(version))
-            slowest = max(slowest, time.monotonic() - started)
-            version += 1
-            time.sleep(0.01)
-        os.kill(own_server.pid, signal.SIGCONT)
-        assert slowest < 0.5, "waited for the server"  # a loaded machine's scheduler, not a socket's timeout
-        assert_whole(subscriber.wait(version - 1, SOON_S), version - 1)
 
 
 def test_wrong_password_is_a_clear_error(server, run):

@@ -16,6 +16,7 @@ from actors.environment import make
 from deploy import run as runs
 from deploy import stages
 from deploy.config import FinetuneConfig
+from deploy.redis_server import find_binary
 from gsa import config as configs
 from gsa.metrics import read_log
 from gsa.schema import Controller, Trajectory
@@ -152,6 +153,32 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
     assert max(row.get("driver/worker_restarts", 0) for row in read_log(out)) >= 1
     versions = np.concatenate([t.policy_version for t in online(out)])
     assert versions.max() > 0  # weights reached the workers, and Redis is the only way
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
+    """The run's own server is killed by SIGKILL, and the one that takes its place too. Weights go on arriving."""
+    out = tmp_path / "run"
+    settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive", budget_frames=BUDGET)
+    configs.save(settings, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    server = Path(find_binary()).name
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            killed = [kill_at(process, out, steps, server) for steps in (2 * STEPS, 5 * STEPS)]
+            code = process.wait(200)
+        finally:
+            process.kill()
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said[-3000:]
+    assert killed == [1, 1]
+    check_counts(out)
+    assert said.count("was started again") == 2
+    versions = [int(t.policy_version.max()) for t in online(out)]
+    assert max(versions[-3:]) > max(versions[:5]), "no weights since the second death"
 
 
 def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
