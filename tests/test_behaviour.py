@@ -175,6 +175,16 @@ def test_two_hot_targets_decode_to_themselves(scale):
     )
 
 
+def test_decoding_passes_the_gradient_of_the_mean_through_symexp():
+    logits = torch.randn(3, twohot.BINS, generator=generator(), dtype=torch.float64, requires_grad=True)
+    bins = torch.linspace(-20, 20, twohot.BINS, dtype=torch.float64)
+    mean = (logits.softmax(-1) * bins).sum(-1)
+    slow = mean.sign() * (mean.abs().exp() - 1)
+    torch.testing.assert_close(twohot.decode(logits), slow)
+    found, expected = (torch.autograd.grad(x.sum(), logits)[0] for x in (twohot.decode(logits), slow))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_fresh_critic_and_reward_head_say_zero():
     agent = Agent.create(WorldModel.create(MODEL, 0), BEHAVIOUR, ACTIONS)
     start = State(*(x.float() for x in start64()))

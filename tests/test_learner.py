@@ -247,7 +247,7 @@ def dot_batch(seed=0, b=4, t=8, online=3):
     first = np.zeros((b, t), bool)
     first[:, 0] = True
     return Batch(
-        observation={"pixels": pixels}, previous_action=action, action_mask=np.ones((b, 3), np.float32) * [1, 1, 0],
+        observation={"pixels": pixels}, previous_action=action, action_mask=np.array([[1, 1, 0]] * b, np.float32),
         reward=np.where(mask, place / 64, 0).astype(np.float32), reward_mask=mask,
         discount=np.ones((b, t), np.float32), is_first=first, valid=np.ones((b, t), bool),
         refs=(SequenceRef("online", 0, 0, t),) * online + (SequenceRef("pool", 0, 0, t),) * (b - online),
@@ -327,6 +327,16 @@ def test_each_optimiser_owns_its_weights_and_together_they_own_all():
     trainable = [id(p) for p in learner.agent.parameters() if p.requires_grad]
     assert sorted(owned) == sorted(trainable)
     assert len(set(owned)) == len(owned)
+
+
+def test_weights_decay_once_an_update_and_not_with_every_loss_that_runs_through_them():
+    """The weights of a padded action dimension get no gradient: all that moves them is the decay."""
+    learner = tuner(world_model=OptimiserConfig(weight_decay=0.25), reward=OptimiserConfig(weight_decay=0.5))
+    padded = learner.agent.world_model.cell.action[0].weight[:, 2]
+    before = padded.detach().clone()
+    for n in (1, 2):
+        learner.update(dot_batch(n))
+        torch.testing.assert_close(padded.detach(), 0.75**n * before, rtol=1e-5, atol=0)
 
 
 def test_the_slow_critic_follows_the_critic_once_an_update():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gsa.agent import latents
+from gsa.agent import latents, rssm
 from gsa.agent.layers import BlockLinear, frozen
 from gsa.agent.rssm import State
 from gsa.agent.sizes import PRESETS, WorldModelConfig, preset
@@ -239,6 +239,41 @@ def test_samples_follow_the_mixed_probabilities_and_are_always_one_hot():
     assert probs.sum().item() == pytest.approx(1)
     edges = latents.sample(torch.randn(99, 1, 96, generator=generator()), torch.full((99, 1), 1 - 2**-24), 0.01)
     assert torch.equal(edges.sum(-1), torch.ones(99, 1))
+
+
+def test_mixed_probabilities_divergence_and_entropy_are_the_distributions_own():
+    q, p = (torch.randn(4, 3, 5, generator=generator(i), dtype=torch.float64) * 4 for i in (0, 1))
+    mixed = [torch.distributions.Categorical(0.93 * x.softmax(-1) + 0.07 / 5) for x in (q, p)]
+    log_q, log_p = (latents.log_probs(x, 0.07) for x in (q, p))
+    torch.testing.assert_close(log_q.exp(), mixed[0].probs)
+    torch.testing.assert_close(latents.kl_divergence(log_q, log_p), torch.distributions.kl_divergence(*mixed).sum(-1))
+    torch.testing.assert_close(latents.entropy(log_q), mixed[0].entropy().sum(-1))
+
+
+def test_a_samples_gradient_is_that_of_the_mixed_probabilities():
+    logits = torch.randn(4, 3, 5, generator=generator(), dtype=torch.float64, requires_grad=True)
+    weight, uniform = (torch.rand(*shape, generator=generator(2)).double() for shape in ((4, 3, 5), (4, 3)))
+    drawn = latents.sample(logits, uniform, 0.07)
+    (found,) = torch.autograd.grad((drawn * weight).sum(), logits)
+    (expected,) = torch.autograd.grad(((0.93 * logits.softmax(-1) + 0.07 / 5) * weight).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("gates", ["per-block", "flat"])
+def test_the_recurrent_cell_and_its_gradients_equal_the_oracle(gates):
+    model = model64(gates=gates)
+    sizes = (MODEL.deter, MODEL.latent, MODEL.max_action_dim)
+    inputs = [torch.randn(3, n, generator=generator(n), dtype=torch.float64, requires_grad=True) for n in sizes]
+    again = [x.detach().requires_grad_() for x in inputs]
+    found, weights = rssm.Transition(model.cell)(State(*inputs[:2]), inputs[2]), leaves(model.cell)
+    expected = Slow(weights, model.config).cell(*again)
+    torch.testing.assert_close(found, expected)
+    found.sin().sum().backward()
+    expected.sin().sum().backward()
+    assert_gradients_equal(model.cell, weights)
+    for ours, theirs in zip(inputs, again, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_unrolled_layers_give_the_gradients_of_plain_ones():

@@ -150,7 +150,8 @@ class WorldModel(nn.Module):
         inputs = observation.prepare(what, batch.observation)
         with self.autocast():
             features = self._encode(inputs).view(*shape, -1)
-            states = self.observe(features, batch.previous_action, batch.is_first, generator)
+            action = batch.previous_action * batch.action_mask[:, None]  # what a padded dimension holds is no action
+            states = self.observe(features, action, batch.is_first, generator)
             prior_logits = self.prior(states.deter)
             errors = self._errors(states.state, inputs)
         parts = {
