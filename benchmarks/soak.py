@@ -2,7 +2,7 @@
 
 Runs over Ray and Redis on an environment that counts its steps, one after another until the time is over. About every
 minute one part, drawn at random, is killed by SIGKILL: a worker, all workers, the replay service, the learner, the
-evaluator, Redis (restarted empty a few seconds later), or the driver and all of Ray with it (gone on with by --resume).
+evaluator, Redis (it starts again, empty), or the driver and all of Ray with it (gone on with by --resume).
 After the time the last run is left in peace to its end. Of every run: the budget is collected exactly, each episode is
 whole and in order, and each has one row in the log. Memory: the anonymous memory of every process of a run, sampled
 every ten seconds; the slope is that of a regression over time with an intercept for each process, from two minutes
@@ -45,7 +45,7 @@ gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.
 
 MARK = "GSA_SOAK"
 WORKERS, BUDGET, SEED = 2, 6_000, 0  # agent steps: some ten minutes a run
-KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S, REDIS_AWAY_S = 60.0, 10.0, 120.0, 5.0
+KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S = 60.0, 10.0, 120.0
 PARTS = {  # what is killed: the title of its processes, and how often it is drawn
     "a worker": ("GSAEnvRunner", 4), "all workers": ("GSAEnvRunner", 1), "replay": ("ReplayActor", 2),
     "learner": ("LearnerActor", 2), "evaluator": ("EvaluatorActor", 1), "redis": ("", 2), "driver": ("", 2),
@@ -146,8 +146,6 @@ class Soak:
             process.kill()
         elif part == "redis":
             os.kill(self.redis.pid, signal.SIGKILL)
-            time.sleep(REDIS_AWAY_S)
-            self.redis.restart()
         else:
             found = children(process.pid, PARTS[part][0])
             for pid in found if part == "all workers" else found[:1]:

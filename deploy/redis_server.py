@@ -65,11 +65,6 @@ class EmbeddedRedis:
         assert self._process is not None
         return self._process.pid
 
-    def restart(self) -> None:
-        """Starts the server anew, empty, at the same URL, once it has died. Unavailable if its port was taken."""
-        if not self._start(self.port):
-            raise Unavailable(f"Port {self.port} of {self.host}, where the Redis server was, is taken now.")
-
     def close(self) -> None:
         """Ends the server. Idempotent."""
         atexit.unregister(self.close)
