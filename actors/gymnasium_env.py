@@ -96,7 +96,7 @@ class Gymnasium:
         except DependencyNotInstalled as error:
             raise UsageError(f"{self.renderer}: {str(error).rstrip('.')}.") from error
         if getattr(image, "ndim", 0) != 3 or image.shape[-1] != 3:
-            raise UsageError(f"{self.renderer}: render() must give [height, width, 3] images, not {type(image)}.")
+            raise ValueError(f"an image must be [height, width, 3], not {getattr(image, 'shape', type(image))}")
         return to_image(np.asarray(image, np.uint8))
 
     def close(self) -> None:

@@ -15,9 +15,11 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
+from actors.rollout import MAX_FAULTS
 from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.env_runner import GSAEnvRunner
+from deploy.faults import FaultLog
 from deploy.progress import console
 from deploy.provenance import source_hash
 from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait_until_alive
@@ -85,6 +87,7 @@ class GSA(Algorithm):
         wait_until_alive({"The learner": self.learner, "The evaluator": self.evaluator})
         self._evaluated = self._episodes = 0
         self._go_on_logging(config.run)
+        self.faults = FaultLog(config.run)
         self.frames, self.done = 0, False
         self.latest: dict[str, float] = {}
         self.trouble = ""
@@ -94,6 +97,7 @@ class GSA(Algorithm):
         self._learner_heard = time.monotonic()
         self._repeat = parts.task(finetune).action_repeat
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
+        self._deaths: dict[int, int] = {}  # of each worker since it last made an agent step
 
     def training_step(self) -> None:
         """One look around: what workers, replay service, learner and evaluator report, written to the run's log."""
@@ -181,10 +185,19 @@ class GSA(Algorithm):
         """What the workers counted, together; asks each for more; kills the one that stays silent."""
         group = self.env_runner_group
         values: dict[str, list[float]] = {}
-        for worker, (stats, error) in group.fetch_ready_async_reqs(tags="start"):
+        for result in group._worker_manager.fetch_ready_async_reqs(tags="start", timeout_seconds=0.0):
+            worker = result.actor_id
             self._heard[worker] = time.monotonic()
+            if not result.ok:
+                self._count_death(worker)
+                continue
+            stats, faults, error = result.get()
+            for fault in faults:
+                self.faults.write(self.frames, f"worker-{worker}", fault)
             if error:
                 raise GsaError(error)
+            if stats.get("worker/agent_steps"):
+                self._deaths.pop(worker, None)
             for name, value in stats.items():
                 values.setdefault(name, []).append(value)
         group.foreach_env_runner_async("start", tag="start")
@@ -194,7 +207,17 @@ class GSA(Algorithm):
                 self._heard[worker] = time.monotonic()
         together = {k: sum(v) / (len(v) if k.endswith(AVERAGED) else 1) for k, v in values.items()}
         alive = float(group.num_healthy_remote_env_runners())
-        return {**together, "driver/workers": alive, "driver/worker_restarts": float(self._restarts)}
+        seen = {"workers": alive, "worker_restarts": self._restarts, "faults": self.faults.count}
+        return {**together, **{f"driver/{name}": float(value) for name, value in seen.items()}}
+
+    def _count_death(self, worker: int) -> None:
+        """RLlib starts it anew; one that dies again and again before it makes a step ends the run."""
+        self._deaths[worker] = self._deaths.get(worker, 0) + 1
+        self.faults.write(self.frames, f"worker-{worker}", "The worker's process ended.")
+        if self._deaths[worker] >= MAX_FAULTS:
+            raise GsaError(
+                f"Worker {worker} died {MAX_FAULTS} times in a row before its first agent step: is there memory enough?"
+            )
 
     def _evaluate(self, final: bool) -> dict[str, float]:
         """Starts an evaluation when one is due; returns the one that has ended."""

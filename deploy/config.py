@@ -47,7 +47,11 @@ class FinetuneConfig:
     workers: int = 2
     """Processes that step environments."""
     envs: int = 1
-    """Environments a worker steps in one batch."""
+    """Environments a worker steps in one batch, each in a process of its own."""
+    env_timeout_s: float = 60.0
+    """Seconds that an environment may take for a reset or an agent step; then it is ended and made anew."""
+    guide: str | None = None
+    """module:factory of a guide that may take over from the policy, such as a person at a device: docs/guidance.md."""
     redis_url: str | None = field(default_factory=lambda: os.environ.get("GSA_REDIS_URL"))
     """Redis for the weight broadcast; default: the environment's GSA_REDIS_URL, else one of our own."""
     ray_address: str | None = field(default_factory=lambda: os.environ.get("GSA_RAY_ADDRESS"))
@@ -100,6 +104,8 @@ class FinetuneConfig:
         for name in (*at_least_one, "checkpoint_every_frames", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1.")
+        if not self.env_timeout_s > 0:
+            raise UsageError("--env-timeout-s must be positive.")
         if self.uses_pool and (self.store is None or self.world_model is None):
             raise UsageError(f"Method {self.method} needs --store and --world-model; only scratch goes without.")
 

@@ -17,7 +17,7 @@ from deploy.ray_actors import PRIOR
 from deploy.ray_links import RayReplayLink
 from gsa.broadcast import RedisSubscriber
 
-HUNG_S = 60.0  # no agent step and no idle turn for so long: the simulator hangs
+HUNG_S = 60.0  # beyond the deadline of its environments: without agent step or idle turn for so long, a worker hangs
 
 
 class GSAEnvRunner(EnvRunner, Checkpointable):
@@ -31,7 +31,7 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         self._replay = ray.get_actor(config.replay_name)
         ray.get(self._replay.release.remote(self.name), timeout=60)  # leases of the one that died before
         self._link = RayReplayLink(self._replay, self.name)
-        about = config.architecture
+        about, self._env_timeout_s = config.architecture, config.finetune.env_timeout_s
         self._weights = RedisSubscriber(config.redis_url, about.run)
         prior = RedisSubscriber(config.redis_url, about.run, PRIOR) if about.prior is not None else None
         self.worker = parts.env_worker(config.finetune, about, self.name, self._link, self._weights, prior)
@@ -39,14 +39,16 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._collect, name=self.name, daemon=True)
 
-    def start(self) -> tuple[dict[str, float], str | None]:
-        """Starts collecting if it has not; returns what was counted since the last call, and what ended it if so."""
+    def start(self) -> tuple[dict[str, float], list[str], str | None]:
+        """Starts collecting if it has not; returns what was counted and which faults there were since the last call,
+        and what ended it if so."""
         if not self._thread.is_alive() and self._error is None and not self._stopped.is_set():
             self._thread.start()
-        if time.monotonic() - self.worker.last_progress > HUNG_S:
-            os._exit(1)  # a simulator that hangs cannot be stopped otherwise; Ray starts the worker anew
+        if time.monotonic() - self.worker.last_progress > HUNG_S + self._env_timeout_s:
+            os._exit(1)  # a thread that hangs cannot be stopped otherwise; RLlib starts the worker anew
         error = None if self._error is None else f"{self.name} stopped: {self._error}"
-        return {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}, error
+        stats = {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}
+        return stats, self.worker.faults(), error
 
     def assert_healthy(self) -> None:
         """RLlib's probe: the constructor has run."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.environment import Environment, make
+from actors.environment import Profile
+from actors.hosting import Isolated
 from actors.worker import WeightLink
 from deploy import parts
 from deploy.config import FinetuneConfig
@@ -34,9 +37,9 @@ class Evaluator:
     """Plays whole episodes with the newest published weights, beside a run. Plain; a launcher may wrap it."""
 
     def __init__(self, config: FinetuneConfig, about: parts.Architecture, weights: WeightLink) -> None:
-        self._config, self._weights = config, weights
-        self._environment = parts.environment(config)
+        self._weights = weights
         self._policy = parts.guided_policy(about, 1, prior=False)
+        self._rollout = parts.evaluation_rollout(partial(parts.host, config), 1, self._policy, config.seed + SEED)
         self._version = -1
 
     def evaluate(self, episodes: int) -> dict[str, float]:
@@ -46,11 +49,11 @@ class Evaluator:
             self._version = snapshot.version
         if self._version < 0:
             raise Unavailable("No weights have been published yet.")
-        played = parts.play([self._environment], self._policy, "policy", episodes, self._config.seed + SEED)
+        played = parts.play(self._rollout, "policy", episodes)
         return {**{f"eval/{k}": v for k, v in summary(played).items()}, "eval/policy_version": float(self._version)}
 
     def close(self) -> None:
-        self._environment.close()
+        self._rollout.close()
 
 
 def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> dict[str, Any]:
@@ -64,13 +67,13 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
     if config.guides:
         policy.load_prior(parts.prior_tensors(run))
     who = {"random": "random", **({"prior": "prior"} if config.guides else {}), "finetuned": "policy"}
-    environments = [parts.environment(config) for _ in range(batch)]
+    rollout = parts.evaluation_rollout(partial(parts.host, config), batch, policy, config.seed + SEED)
     results: dict[str, Any] = {}
     films: dict[str, np.ndarray] = {}
     try:
         for name, controller in who.items():
             progress(len(results) * config.final_episodes, len(who) * config.final_episodes, {})
-            played = parts.play(environments, policy, controller, config.final_episodes, config.seed + SEED)
+            played = parts.play(rollout, controller, config.final_episodes)
             films[name] = np.asarray(played[0].observation["pixels"])
             results[name] = {
                 "returns": [t.stats["return"] for t in played], "scores": [t.stats["score"] for t in played],
@@ -78,7 +81,7 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
             }  # fmt: skip
         progress(len(who) * config.final_episodes, len(who) * config.final_episodes, {})
     finally:
-        _close(environments)
+        rollout.close()
     write_mp4(run / "video.mp4", side_by_side(films), fps=20)
     with replace_file(run / "evaluation.json") as file:
         file.write(json.dumps({"task": config.task, "policies": results}, indent=1).encode())
@@ -86,7 +89,7 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
 
 
 def evaluate_agent(
-    folder: Path, task: str, episodes: int, seed: int, render: str, video: Path | None, imports: Sequence[str] = ()
+    folder: Path, task: str, episodes: int, seed: int, render: Profile, video: Path | None, imports: Sequence[str] = ()
 ) -> dict[str, float]:
     """The policy of an agent's folder on `episodes` episodes of a task."""
     from gsa.agent.agent import Agent
@@ -94,22 +97,17 @@ def evaluate_agent(
     from reports.video import write_mp4
 
     agent = Agent.load(folder)
-    environments = [make(task, render, imports) for _ in range(min(BATCH, episodes))]  # type: ignore[arg-type]
-    try:
-        if (has := environments[0].spec.action_dim) != agent.action_dim:
+    envs = min(BATCH, episodes)
+    policy = GuidedPolicy(agent.world_model.config, agent.config, agent.action_dim, envs)
+    policy.load_tensors(agent.acting_tensors())
+    with closing(
+        parts.evaluation_rollout(lambda: Isolated(task, render, imports), envs, policy, seed + SEED)
+    ) as rollout:
+        if (has := rollout.hosts[0].spec.action_dim) != agent.action_dim:
             raise SpecMismatch(f"The agent in {folder} has {agent.action_dim} actions, {task} has {has}.")
         seen = agent.world_model.config.observation
-        seen.require(environments[0].spec.observation, f"The agent in {folder}", f"the task {task}")
-        policy = GuidedPolicy(agent.world_model.config, agent.config, agent.action_dim, len(environments))
-        policy.load_tensors(agent.acting_tensors())
-        played = parts.play(environments, policy, "policy", episodes, seed + SEED)
-    finally:
-        _close(environments)
+        seen.require(rollout.hosts[0].spec.observation, f"The agent in {folder}", f"the task {task}")
+        played = parts.play(rollout, "policy", episodes)
     if video is not None:
         write_mp4(video, np.asarray(played[0].observation["pixels"]), fps=20)
     return summary(played)
-
-
-def _close(environments: Sequence[Environment]) -> None:
-    for environment in environments:
-        environment.close()

@@ -17,6 +17,7 @@ from deploy import parts
 from deploy.checkpointing import RunCheckpoints
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
+from deploy.faults import FaultLog
 from gsa.broadcast import MemoryBroadcast
 from gsa.errors import Stopped
 from gsa.metrics import Progress, RunLog
@@ -57,6 +58,7 @@ class LocalRun:
         self._published: WeightSnapshot | None = None
         self._repeat = parts.task(config).action_repeat
         self._log: RunLog | None = None
+        self._faults = FaultLog(run)
         self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
         self._learned = False  # whether the learner has had its turn since the worker's last
 
@@ -130,6 +132,8 @@ class LocalRun:
         rows, self._cursor = self.replay.drain_episodes(self._cursor)
         for row in rows:
             self._log.write(int(row["frames"]), parts.episode_metrics(row))
+        for fault in self.worker.faults():
+            self._faults.write(self.frames, "the run", fault)
         values = {**self.replay.stats(), **self.learner.stats(), **self.worker.stats(), **self.checkpoints.stats()}
         score = None
         if self.frames - self._evaluated >= self.config.eval_every_frames:

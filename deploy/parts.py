@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors import tasks
-from actors.environment import Environment, make
-from actors.guidance import GuidanceConfig
+from actors.environment import make
+from actors.guidance import GuidanceConfig, find_guide
+from actors.hosting import Host, InProcess, Isolated
 from actors.rollout import ActingPolicy, Rollout
+from actors.tasks import Task
 from actors.worker import EnvWorker, ReplayLink, WeightLink
 from deploy.config import FinetuneConfig
 from gsa import config as configs
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from learner.finetune import FineTuner
     from learner.loop import LearnerLoop
 
+WAIT_S = 1.0  # for environments that are all being reset, before looking again
+
 
 ARCHITECTURE = "architecture.json"
 
@@ -48,12 +53,16 @@ def limit_threads(n: int) -> None:
     torch.set_num_threads(n)
 
 
-def task(config: FinetuneConfig) -> tasks.Task:
-    return tasks.find(config.task, config.imports)
+def host(config: FinetuneConfig) -> Host:
+    """The run's environment: in this process if the run is local, else in one of its own."""
+    if config.local:
+        return InProcess(partial(make, config.task, config.render, config.imports), config.env_timeout_s)
+    return Isolated(config.task, config.render, config.imports, config.env_timeout_s)
 
 
-def environment(config: FinetuneConfig) -> Environment:
-    return make(config.task, config.render, config.imports)
+def task(config: FinetuneConfig) -> Task:
+    with closing(host(config)) as env:
+        return env.task
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,8 @@ def replay_service(config: FinetuneConfig, run: Path) -> ReplayService:
     """
     online = run / "online"
     store = TrajectoryStore.open(online, write=True) if online.exists() else TrajectoryStore.create(online)
-    with environment(config) as env:
-        spec, steps = env.spec, env.episode_steps
+    with closing(host(config)) as env:
+        spec, steps = env.spec, env.task.episode_steps
     pool = rows = None
     if config.rehearses:
         assert config.store is not None
@@ -132,8 +141,9 @@ def publish_to(publisher: Publisher) -> Callable[[Mapping[str, np.ndarray], Mapp
 
 def headline(values: Mapping[str, float]) -> dict[str, float]:
     """What a progress bar shows of a run's metrics."""
-    shown = {"learner/updates": "updates", "eval/score": "score"}
-    return {label: values[name] for name, label in shown.items() if name in values}
+    shown = {"learner/updates": "updates", "eval/score": "score", "worker/faults": "faults", "driver/faults": "faults"}
+    numbers = {label: values[name] for name, label in shown.items() if name in values}
+    return {label: value for label, value in numbers.items() if value or label != "faults"}
 
 
 def save_agent(tuner: FineTuner, config: FinetuneConfig, run: Path) -> Path:
@@ -169,31 +179,35 @@ def env_worker(
     prior: WeightLink | None,
 ) -> EnvWorker:
     """A worker with its E environments. Needs no file of the run, so it may live on any node."""
-    remake = partial(environment, config)
-    environments = [remake() for _ in range(config.envs)]
+    make_host = partial(host, config)
     policy = guided_policy(about, config.envs)
-    rollout = Rollout(environments, policy, config.guidance, about.prior is not None, config.seed, about.run)
-    return EnvWorker(name, rollout, replay, weights, prior, remake)
+    rollout = Rollout(make_host, config.envs, policy, config.guidance, about.prior is not None, config.seed, about.run)
+    if config.guide is not None:
+        make_guide = find_guide(config.guide)
+        rollout.guides = [make_guide(h.task) for h in rollout.hosts]
+    return EnvWorker(name, rollout, replay, weights, prior)
 
 
-def play(
-    environments: Sequence[Environment], policy: ActingPolicy, who: str, episodes: int, seed: int
-) -> list[Trajectory]:
-    """Whole episodes under one controller, for evaluation: "random", "prior" or "policy" by its mean."""
-    alone = GuidanceConfig(schedule="constant(0)")
-    rollout = Rollout(environments, policy, alone, who == "prior", seed, "evaluation", sample=False)
+def evaluation_rollout(make_host: Callable[[], Host], envs: int, policy: ActingPolicy, seed: int) -> Rollout:
+    """E environments to `play` in, each policy by its mean action."""
+    return Rollout(make_host, envs, policy, GuidanceConfig("constant(0)"), False, seed, "evaluation", sample=False)
+
+
+def play(rollout: Rollout, who: str, episodes: int) -> list[Trajectory]:
+    """Whole episodes under one controller, for evaluation: "random", "prior" or "policy". An episode that a fault of
+    the environment ends is played again."""
+    rollout.has_prior = who == "prior"
+    steps = rollout.hosts[0].task.episode_steps
+    waiting = deque(Lease(episode, steps, 0, warmup=who != "policy") for episode in range(episodes))
     played: dict[int, Trajectory] = {}
-    begun = 0
     while len(played) < episodes:
-        for slot in rollout.free_slots:
-            if begun < episodes:
-                steps = environments[slot].episode_steps
-                rollout.begin(slot, Lease(begun, steps, 0, warmup=who != "policy"))
-                begun += 1
-        actions = rollout.act()
-        for slot, episode in enumerate(rollout.episodes):
-            if episode is not None and (trajectory := rollout.step(slot, actions[slot])) is not None:
-                played[episode.lease.episode] = trajectory
+        for slot in rollout.free_slots[: len(waiting)]:
+            rollout.begin(slot, waiting.popleft())
+        for outcome in rollout.advance(WAIT_S):
+            if outcome.fault is not None:
+                waiting.append(outcome.lease)
+            elif outcome.trajectory is not None:
+                played[outcome.lease.episode] = outcome.trajectory
     return [played[i] for i in range(episodes)]
 
 

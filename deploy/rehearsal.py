@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from retrieval.retriever import retrieve as nearest
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
-    from actors.environment import Environment
+    from actors.hosting import Host
     from deploy.data_commands import Retrieve
     from gsa.agent.world_model import WorldModel
 
@@ -40,11 +41,14 @@ def index(path: Path, world_model: Path) -> int:
 
 def retrieve(command: Retrieve) -> int:
     """Retrieves a task's rehearsal set, draws its contact sheet, and says how precise it is."""
-    from actors.environment import make
+    from actors.hosting import Isolated
 
     if command.k < 1 or command.queries < 1:
         raise UsageError("--k and --queries must be at least 1.")
-    with TrajectoryStore.open(command.store) as store, make(command.task, command.render, command.imports) as env:
+    with (
+        TrajectoryStore.open(command.store) as store,
+        closing(Isolated(command.task, command.render, command.imports)) as env,
+    ):
         folder = models.folder(command.world_model)
         model = load_world_model(folder)
         require_fits(model, env.spec, f"the task {env.task.name}")
@@ -69,7 +73,7 @@ def open_index(store: TrajectoryStore, folder: Path, model: WorldModel) -> Featu
         return FeatureIndex.update(store, model.features, model.encoder_hash(), index_path(folder, store), progress)
 
 
-def first_observations(env: Environment, queries: int, seed: int) -> dict[str, np.ndarray]:
+def first_observations(env: Host, queries: int, seed: int) -> dict[str, np.ndarray]:
     """What the task begins with, in as many episodes: {name: [queries, …]}."""
     firsts = [env.reset(QUERY_SEED + seed * 1000 + i) for i in range(queries)]
     return {name: np.stack([first[name] for first in firsts]) for name in env.spec.observation}
@@ -79,7 +83,7 @@ def rehearse(
     store: TrajectoryStore,
     folder: Path,
     model: WorldModel,
-    env: Environment,
+    env: Host,
     kind: str,
     k: int,
     queries: int,

@@ -8,26 +8,27 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
+from actors.hosting import Host
 from deploy import models, parts, rehearsal, stages
 from deploy.config import FinetuneConfig
 from deploy.progress import bar, console
 from gsa import config as configs
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig, preset
-from gsa.errors import UsageError
+from gsa.errors import EnvironmentFault, UsageError
 from retrieval.files import replace_file
 from retrieval.retriever import RehearsalSet
 from retrieval.store import TrajectoryStore
 
 # What a run that goes on may be told anew: where and how it is run and watched, never what it does.
 MAY_CHANGE = (
-    "workers", "redis_url", "ray_address", "final_episodes", "checkpoint_every_frames", "checkpoint_every_s",
-    "keep_checkpoints",
+    "workers", "env_timeout_s", "redis_url", "ray_address", "final_episodes", "checkpoint_every_frames",
+    "checkpoint_every_s", "keep_checkpoints",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
     `launch` is called when all is checked and nothing written yet: what it needs may be missing too. With `resume`,
     what the folder has already stays as it is.
     """
+    from actors.guidance import find_guide
     from actors.rendering import choose_backend
 
     assert config.out is not None, "only resolved configs have a folder"
@@ -80,8 +82,11 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
     if not resume and run.exists() and any(run.iterdir()):
         raise UsageError(f"{run} already has a run in it: go on with it by --resume, or choose another --out.")
     with ExitStack() as stack:
-        env = stack.enter_context(parts.environment(config))
-        config.replay(env.spec.action_repeat, env.episode_steps)
+        if config.guide is not None:
+            find_guide(config.guide)
+        env = stack.enter_context(closing(parts.host(config)))
+        config.replay(env.spec.action_repeat, env.task.episode_steps)
+        _require_first_frame(env)
         if not config.uses_pool:
             size = preset(config.model)
             architecture = replace(
@@ -207,6 +212,14 @@ def _require_redis(url: str | None) -> None:
             client.ping()
     except (redis.RedisError, ValueError) as error:
         raise UsageError(f"The Redis server of --redis-url does not answer: {str(error).rstrip('.')}.") from None
+
+
+def _require_first_frame(env: Host) -> None:
+    """Raises UsageError if the environment shows nothing: better now than in every worker."""
+    try:
+        env.reset(rehearsal.QUERY_SEED)
+    except EnvironmentFault as fault:
+        raise UsageError(f"The task cannot be begun. {fault} `gsa doctor` checks rendering.") from fault
 
 
 def _begin(config: FinetuneConfig, run: Path, model: WorldModelConfig, size: str, action_dim: int) -> None:

@@ -15,6 +15,7 @@ from learner.config import PretrainConfig
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
+    from actors.environment import Profile
     from gsa.agent.world_model import WorldModel
 
 
@@ -36,7 +37,7 @@ def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
 
 
 def evaluate(
-    agent: Path, task: str, episodes: int, seed: int, render: str, video: Path | None, imports: Sequence[str]
+    agent: Path, task: str, episodes: int, seed: int, render: Profile, video: Path | None, imports: Sequence[str]
 ) -> int:
     """Evaluates an agent's policy and prints score and return."""
     from deploy.evaluate import evaluate_agent

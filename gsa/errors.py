@@ -1,5 +1,7 @@
 """One error tree. Each error is one sentence that says what to do; `retry` says whether trying again can help."""
 
+import re
+
 
 class GsaError(Exception):
     """Base of every error that GSA raises on purpose. The command line prints it as one sentence, exit code 2."""
@@ -24,7 +26,7 @@ class StaleError(GsaError):
 
 
 class EnvironmentFault(GsaError):
-    """An environment raised, or returned NaN or wrong shapes. Its episode is dropped and it is rebuilt."""
+    """An environment raised, crashed, hung, or returned NaN or wrong shapes. Its episode is dropped, it is rebuilt."""
 
     retry = True
 
@@ -39,6 +41,11 @@ class Stopped(GsaError):
     """A run was told to stop. It is saved and can go on."""
 
     retry = True
+
+
+def cause_of(fault: str) -> str:
+    """What faults have in common that differ in nothing but numbers: times, addresses, sizes."""
+    return re.sub(r"\d+(\.\d+)?", "#", fault)
 
 
 def unknown(kind: str, name: object, known: object) -> UsageError:

@@ -9,10 +9,10 @@ from gsa.schema import Controller, Lease
 STEPS = 100
 
 
-def plans(config, n=4000, has_prior=True, **lease):
+def plans(config, n=4000, guide=Controller.PRIOR, **lease):
     rng = np.random.default_rng(0)
     lease = {"episode": 0, "max_steps": STEPS, "agent_steps": 0, "warmup": False, **lease}
-    return np.stack([episode_plan(config, Lease(**lease), STEPS, has_prior, rng) for _ in range(n)])
+    return np.stack([episode_plan(config, Lease(**lease), STEPS, guide, rng) for _ in range(n)])
 
 
 def test_schedules_are_linear_between_their_points_and_constant_outside():
@@ -48,11 +48,11 @@ def test_a_guided_stretch_is_one_piece_with_uniform_length_and_start():
 
 def test_warm_up_is_the_prior_alone_or_random_without_one():
     assert (plans(GuidanceConfig(), n=3, warmup=True) == Controller.PRIOR).all()
-    assert (plans(GuidanceConfig(), n=3, warmup=True, has_prior=False) == Controller.RANDOM).all()
+    assert (plans(GuidanceConfig(), n=3, warmup=True, guide=None) == Controller.RANDOM).all()
 
 
 def test_without_a_prior_the_policy_acts_alone():
-    assert (plans(GuidanceConfig("constant(1)"), n=10, has_prior=False) == Controller.POLICY).all()
+    assert (plans(GuidanceConfig("constant(1)"), n=10, guide=None) == Controller.POLICY).all()
 
 
 def test_jsrl_gives_the_prior_the_beginning():
@@ -65,5 +65,5 @@ def test_a_shortened_episode_keeps_the_plan_of_a_whole_one():
     lease = Lease(3, STEPS, 0, False)
     short = Lease(3, 30, 0, False)
     config = GuidanceConfig("constant(1)")
-    whole = episode_plan(config, lease, STEPS, True, np.random.default_rng(5))
-    assert (episode_plan(config, short, STEPS, True, np.random.default_rng(5)) == whole[:30]).all()
+    whole = episode_plan(config, lease, STEPS, Controller.PRIOR, np.random.default_rng(5))
+    assert (episode_plan(config, short, STEPS, Controller.PRIOR, np.random.default_rng(5)) == whole[:30]).all()

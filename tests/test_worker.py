@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from actors.guidance import GuidanceConfig
+from actors.hosting import InProcess
 from actors.rollout import Rollout
 from actors.worker import EnvWorker
 from gsa.errors import GsaError
@@ -53,11 +54,15 @@ class Weights:
         return WeightSnapshot(self.versions.popleft(), {}) if self.versions else None
 
 
-def worker(leases, environments, weights=(0,), guidance="constant(0)", has_prior=False):
-    replay = Replay(leases)
+def worker(leases, environments, weights=(0,), guidance="constant(0)", has_prior=False, then=counting, guides=()):
+    """A worker of these environments; `then` makes those that replace them."""
+    replay, made = Replay(leases), deque(environments)
+    make = lambda: InProcess(lambda: made.popleft() if made else then())  # noqa: E731
     policy = EncodesStep(len(environments))
-    rollout = Rollout(environments, policy, GuidanceConfig(guidance), has_prior, seed=3, run="test")
-    return EnvWorker("w", rollout, replay, Weights(*weights), None, counting), replay
+    rollout = Rollout(
+        make, len(environments), policy, GuidanceConfig(guidance), has_prior, seed=3, run="test", guides=guides
+    )
+    return EnvWorker("w", rollout, replay, Weights(*weights), None), replay
 
 
 def leases(n, steps=STEPS, warmup=False):
@@ -132,14 +137,14 @@ def test_a_broken_environment_loses_its_episode_only():
         pass
     assert replay.released == [0]
     assert sorted(e for e, _ in replay.added) == [1, 2]
-    assert w.rollout.environments[0] is not broken
+    assert w.rollout.hosts[0]._environment is not broken
     assert w.stats()["worker/faults"] == 1
+    assert "the simulator broke" in w.faults()[0] and w.faults() == []
 
 
 def test_ten_faults_of_one_cause_end_the_worker_with_that_cause():
-    w, replay = worker(leases(20), [counting(fail_at=1)])
-    w.remake = lambda: counting(fail_at=1)
+    w, replay = worker(leases(20), [counting(fail_at=1)], then=lambda: counting(fail_at=1))
     with pytest.raises(GsaError, match="the simulator broke"):
         while w.tick():
             pass
-    assert replay.released == list(range(10))
+    assert replay.released == list(range(9))
