@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,14 @@ from gsa.errors import SpecMismatch
 
 KIND = "behaviour"
 ACTING = ("encoder", "vector_encoder", "cell", "posterior")  # the parts of a world model that acting needs
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an agent's file says of its behaviour."""
+
+    behaviour: BehaviourConfig
+    action_dim: int
 
 
 class Imagination(NamedTuple):
@@ -119,7 +128,7 @@ class Agent(nn.Module):
 
     def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:
         """Writes the world model and the behaviour. The folder also opens as a world model's."""
-        about = {"behaviour": configs.to_dict(self.config), "action_dim": self.action_dim}
+        about = configs.to_dict(Saved(self.config, self.action_dim))
         self.world_model.save(folder, meta)
         storage.save(folder, KIND, self.behaviour.state_dict(), about, dict(meta or {}))
 
@@ -127,7 +136,9 @@ class Agent(nn.Module):
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Agent:
         """Raises UsageError when there is none, FormatError when it is damaged."""
         about, tensors = storage.load(folder, KIND)
-        config = configs.from_dict(BehaviourConfig, about["config"]["behaviour"], f"{folder}/{KIND}.json")
-        agent = cls(WorldModel.load(folder), config, int(about["config"]["action_dim"]))
-        storage.fill(agent.behaviour, tensors, f"The behaviour in {folder}")
+        saved = configs.from_dict(Saved, about["config"], f"{folder}/{KIND}.json")
+        world_model = WorldModel.load(folder)
+        with torch.device("meta"):
+            agent = cls(world_model, saved.behaviour, saved.action_dim)
+        storage.build(lambda: agent.behaviour, tensors, f"The behaviour in {folder}")
         return agent.to(device)

@@ -6,6 +6,7 @@ It sees what the world model sees: the last frames of all images, and the presen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from gsa.agent.twohot import symlog
 from gsa.agent.vision import Encoder
 
 KIND = "prior_actor"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a prior actor's file says of it."""
+
+    prior: PriorConfig
+    action_dim: int
+    observation: ObservationConfig = PIXELS
 
 
 class PriorActor(nn.Module):
@@ -58,21 +68,16 @@ class PriorActor(nn.Module):
 
     def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:
         """Writes prior_actor.safetensors and prior_actor.json; `meta` is anything JSON."""
-        about = {
-            "prior": configs.to_dict(self.config), "action_dim": self.action_dim,
-            "observation": configs.to_dict(self.observation),
-        }  # fmt: skip
+        about = configs.to_dict(Saved(self.config, self.action_dim, self.observation))
         storage.save(folder, KIND, self.state_dict(), about, dict(meta or {}))
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> PriorActor:
         """Raises UsageError when there is none, FormatError when it is damaged."""
         about, tensors = storage.load(folder, KIND)
-        where, found = f"{folder}/{KIND}.json", about["config"]
-        seen = configs.from_dict(ObservationConfig, found["observation"], where)
-        prior = cls(configs.from_dict(PriorConfig, found["prior"], where), int(found["action_dim"]), seen)
-        storage.fill(prior, tensors, f"The prior actor in {folder}")
-        return prior.to(device)
+        saved = configs.from_dict(Saved, about["config"], f"{folder}/{KIND}.json")
+        what = f"The prior actor in {folder}"
+        return storage.build(lambda: cls(saved.prior, saved.action_dim, saved.observation), tensors, what).to(device)
 
 
 def cameras(observation: Mapping[str, np.ndarray], seen: ObservationConfig) -> np.ndarray:

@@ -14,6 +14,7 @@ from gsa.schema import ArraySpec
 
 IMAGE_SHAPE = (64, 64, 3)  # [height, width, channel] uint8 of every image the agent sees
 Precision = Literal["float32", "bfloat16", "auto"]
+MAX_SIZE, MAX_LAYERS, MAX_FRAMES = 1 << 20, 64, 64  # a file that asks for more is hostile or damaged
 
 
 class ArrayLike(Protocol):
@@ -36,6 +37,8 @@ class ObservationConfig:
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
             raise UsageError(f"A model sees at least one observation, each once; not {list(self.names)}.")
+        if any(not 1 <= n <= MAX_SIZE for _, n in self.vectors):
+            raise UsageError(f"The vectors of an observation have 1 to {MAX_SIZE} numbers, not {dict(self.vectors)}.")
 
     @classmethod
     def of(cls, observation: Mapping[str, ArraySpec], only: Collection[str] = ()) -> ObservationConfig:
@@ -98,6 +101,12 @@ def _describe(value: ArrayLike) -> str:
     return f"{list(value.shape)} {_dtype(value)}"
 
 
+def _sizes(config: object, *names: str, most: int = MAX_SIZE) -> None:
+    for name in names:
+        if not 1 <= getattr(config, name) <= most:
+            raise UsageError(f"{name} must be 1 to {most}, not {getattr(config, name)}.")
+
+
 @dataclass(frozen=True)
 class WorldModelConfig:
     """A block RSSM on images and vectors."""
@@ -119,10 +128,9 @@ class WorldModelConfig:
     observation: ObservationConfig = PIXELS
 
     def __post_init__(self) -> None:
+        _sizes(self, "deter", "hidden", "stoch", "classes", "depth", "blocks", "max_action_dim")
         if self.deter % self.blocks or (2 * self.hidden) % self.blocks:
             raise UsageError(f"deter {self.deter} and hidden {self.hidden} do not divide into {self.blocks} blocks.")
-        if min(self.deter, self.hidden, self.stoch, self.classes, self.depth, self.max_action_dim) < 1:
-            raise UsageError("Every size of a world model must be at least 1.")
 
     @property
     def latent(self) -> int:
@@ -152,6 +160,8 @@ class BehaviourConfig:
     learn_end: bool = False  # for tasks that end early: learn from the data's discount where they do
 
     def __post_init__(self) -> None:
+        _sizes(self, "units")
+        _sizes(self, "actor_layers", "critic_layers", "reward_layers", most=MAX_LAYERS)
         if self.horizon < 2:
             raise UsageError("The imagination horizon must be at least 2: an action is judged by the step after it.")
 
@@ -164,6 +174,12 @@ class PriorConfig:
     units: int = 512
     frames: int = 3
     shift: int = 3  # pixels; random shift of training images, each way
+
+    def __post_init__(self) -> None:
+        _sizes(self, "depth", "units")
+        _sizes(self, "frames", most=MAX_FRAMES)
+        if not 0 <= self.shift < IMAGE_SHAPE[0]:
+            raise UsageError(f"shift must be 0 to {IMAGE_SHAPE[0] - 1} pixels, not {self.shift}.")
 
 
 @dataclass(frozen=True)

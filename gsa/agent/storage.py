@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gsa.errors import FormatError, SpecMismatch, UsageError
 
 FORMAT = 1
+MAX_ABOUT_BYTES = 1 << 24
+M = TypeVar("M", bound=nn.Module)
 
 
 def save(folder: str | Path, kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Any) -> None:
@@ -38,15 +40,19 @@ def describe(folder: str | Path, kind: str) -> dict[str, Any]:
     """The JSON half: kind, format, config, sha256, meta. Reads no weights."""
     path = Path(folder) / f"{kind}.json"
     try:
-        about = json.loads(path.read_text())
+        if path.stat().st_size > MAX_ABOUT_BYTES:
+            raise FormatError(f"{path} is damaged: no description is so long.")
+        about = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"There is no {kind.replace('_', ' ')} in {folder}: {error.strerror}: {path.name}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: {error}.") from None
     if not isinstance(about, dict) or about.get("kind") != kind:
         raise FormatError(f"{path} does not describe a {kind.replace('_', ' ')}.")
     if about.get("format") != FORMAT:
-        raise FormatError(f"{path} has format {about.get('format')}; this version of GSA reads format {FORMAT}.")
+        raise FormatError(f"{path} has format {about.get('format')!r:.40}; this version of GSA reads format {FORMAT}.")
+    if not isinstance(about.get("config"), dict) or not isinstance(about.get("meta"), dict):
+        raise FormatError(f"{path} is damaged: it lacks the config or the meta data.")
     return about
 
 
@@ -64,9 +70,30 @@ def load(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tenso
         raise FormatError(f"{path} is damaged: {error}.") from None
 
 
+def build(make: Callable[[], M], tensors: Mapping[str, Tensor], what: str) -> M:
+    """The module that `make` makes, of `tensors` instead of random numbers: however large a config says it is, no more
+    memory is taken than they have. Raises SpecMismatch as `fill` does."""
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (RuntimeError, TypeError) as error:  # sizes that overflow
+        raise SpecMismatch(f"{what} cannot be made as it is described: {error!s:.200}.") from None
+    own = module.state_dict()
+    _require_same(own, tensors, what)
+    module.load_state_dict({k: tensors[k].to(v.dtype, copy=True) for k, v in own.items()}, assign=True)
+    return module
+
+
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copies `tensors` into the module's own. Raises SpecMismatch, naming the first, unless names and shapes agree."""
     own = module.state_dict()
+    _require_same(own, tensors, what)
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def _require_same(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     if different := sorted(own.keys() ^ tensors.keys()):
         side = "lacks" if different[0] in own else "has a foreign"
         raise SpecMismatch(f"{what} {side} '{different[0]}' ({len(different)} names differ): another architecture.")
@@ -75,9 +102,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
             raise SpecMismatch(
                 f"{what}: '{name}' is {list(tensors[name].shape)}, {list(value.shape)} expected: another size."
             )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
 
 
 def _publish(temporary: Path, path: Path) -> None:

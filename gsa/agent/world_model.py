@@ -201,9 +201,8 @@ class WorldModel(nn.Module):
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> WorldModel:
         """Raises UsageError when there is none, FormatError when it is damaged."""
         about, tensors = storage.load(folder, KIND)
-        model = cls(configs.from_dict(WorldModelConfig, about["config"], f"{folder}/{KIND}.json"))
-        storage.fill(model, tensors, f"The world model in {folder}")
-        return model.to(device)
+        config = configs.from_dict(WorldModelConfig, about["config"], f"{folder}/{KIND}.json")
+        return storage.build(lambda: cls(config), tensors, f"The world model in {folder}").to(device)
 
 
 class Dream:
