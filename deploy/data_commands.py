@@ -82,6 +82,46 @@ class StoreVerify:
 
 
 @dataclass(frozen=True)
+class StoreShow:
+    """Draw trajectories for a person to look at, and what else is in the store, as a page or as one picture."""
+
+    store: Positional[Path]
+    out: Path
+    """A file: .html for a page, .png for a picture of the images alone."""
+    rows: tuple[int, ...] = ()
+    """These rows; else some are drawn at random."""
+    count: int = 6
+    """Trajectories to draw of each embodiment."""
+    embodiment: str = ""
+    """Only this one's."""
+    source: str = ""
+    """Only of sources with this in their name."""
+    seed: int = 0
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.store_show(self)
+
+
+@dataclass(frozen=True)
+class StoreMerge:
+    """Add the trajectories of other stores, such as a finished run's, that a store lacks. Goes on where it stopped."""
+
+    sources: Positional[tuple[Path, ...]]
+    """Stores, or folders of runs: their online stores."""
+    into: Path
+    """The store that takes them in; created if it is not there."""
+    mix_renderers: bool = False
+    """Take in images of an embodiment that were rendered otherwise than those that are there."""
+
+    def __call__(self) -> int:
+        from deploy import pool
+
+        return pool.store_merge(self.sources, self.into, self.mix_renderers)
+
+
+@dataclass(frozen=True)
 class StoreExport:
     """Write a store's trajectories as the reference's npz files or as Minari datasets."""
 
@@ -102,11 +142,13 @@ class StoreExport:
 
 @dataclass(frozen=True)
 class Store:
-    """Look into a trajectory store, or export it."""
+    """Look into a trajectory store, merge others into it, or export it."""
 
     what: Annotated[
         Annotated[StoreInfo, subcommand("info")]
         | Annotated[StoreVerify, subcommand("verify")]
+        | Annotated[StoreShow, subcommand("show")]
+        | Annotated[StoreMerge, subcommand("merge")]
         | Annotated[StoreExport, subcommand("export")],
         tyro.conf.arg(name=""),
     ]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from deploy.progress import bar, console
 from gsa.errors import UsageError
+from retrieval.manifest import Manifest
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
     from actors.environment import Profile
+    from deploy.data_commands import StoreShow
     from retrieval.formats.source import Options
 
 FAULTS_FOUND = 1
@@ -67,7 +69,7 @@ def store_info(path: Path) -> int:
     """Prints what a store holds."""
     with TrajectoryStore.open(path) as store:
         for line in store.recovery:
-            console.print(f"recovered: {line}")
+            console.print(line, soft_wrap=True, markup=False)
         print(f"{path}: {len(store)} trajectories, {store.steps} agent steps, codec {store.codec}")
         for embodiment, row in store.info().items():
             megabytes = row["bytes"] / 1e6
@@ -82,10 +84,49 @@ def store_verify(path: Path) -> int:
     with TrajectoryStore.open(path) as store, bar("verify") as progress:
         damaged = store.verify(progress)
         count = len(store)
+        recovery = store.recovery
+    for reason in recovery:
+        print(reason)
     for row, reason in damaged:
-        print(f"trajectory {row}: {reason}")
-    print(f"{count - len(damaged)} of {count} trajectories are whole.")
-    return FAULTS_FOUND if damaged else 0
+        print(reason if row is None else f"trajectory {row}: {reason}")
+    print(f"{count - len({row for row, _ in damaged} - {None})} of {count} trajectories are whole.")
+    return FAULTS_FOUND if damaged or recovery else 0
+
+
+def store_show(command: StoreShow) -> int:
+    """Writes a page or a picture of some of a store's trajectories."""
+    from reports.store_page import choose, write_store_page
+
+    with TrajectoryStore.open(command.store) as store:
+        rows = command.rows or choose(store, command.count, command.embodiment, command.source, command.seed)
+        print(write_store_page(command.out, store, rows))
+    return 0
+
+
+def store_merge(sources: Sequence[Path], into: Path, mix_renderers: bool) -> int:
+    """Merges stores into one, created if it is not there. 1 where trajectories could not be taken."""
+    from retrieval.merge import merge
+
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(TrajectoryStore.open(store_of(path))) for path in sources]
+        pool = TrajectoryStore.open(into, write=True) if into.exists() else TrajectoryStore.create(into)
+        stack.enter_context(pool)
+        for store in stores:
+            with bar("merge") as progress:
+                report = merge(store, pool, mix_renderers, progress)
+            counts = f"{report.added} trajectories added, {report.known} known before, {len(report.failed)} not taken"
+            console.print(f"{store.path}: {counts}.", soft_wrap=True, markup=False)
+            for note in (*report.notes, *(f"{id}: {reason}" for id, reason in report.failed)):
+                console.print(f"  {note}", soft_wrap=True, markup=False)
+            failed += len(report.failed)
+    return FAULTS_FOUND if failed else 0
+
+
+def store_of(path: Path) -> Path:
+    """The store at `path`, or the online store of the run there."""
+    online = path / "online"
+    return online if Manifest.exists(online) and not Manifest.exists(path) else path
 
 
 def store_export(path: Path, out: Path, format: str, embodiment: str, observation: str) -> int:

@@ -76,6 +76,13 @@ def guided_share(record: RunRecord, palette: Palette = LIGHT) -> bytes | None:
     return _png(figure)
 
 
+def lines(values: np.ndarray, x: str, y: str, palette: Palette = LIGHT) -> bytes:
+    """The columns of `values` [N, D] over their rows, as a PNG."""
+    figure, axes = _axes(palette, x, y, height=1.9)
+    axes.plot(values, lw=1)
+    return _png(figure)
+
+
 def _running_mean(series: Series) -> tuple[Series, int]:
     """The mean over a centred window of about a tenth of the series, and the window's length."""
     order = np.argsort(series.frames, kind="stable")

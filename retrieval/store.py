@@ -191,9 +191,11 @@ class TrajectoryStore:
     def _layout(self, row: int) -> Layout:
         return self._manifest.layouts[self._catalog.embodiment[row]]
 
-    def read(self, row: int) -> Trajectory:
-        """The whole trajectory. Raises FormatError if it is lost or damaged."""
+    def read(self, row: int, checked: bool = False) -> Trajectory:
+        """The whole trajectory. Raises FormatError if it is lost; with `checked`, also if its content has changed."""
         columns = dict(self.columns(row))
+        if checked and self._layout(row).checksum(columns) != self._catalog.crc[row]:
+            raise FormatError(f"The content of trajectory {self._catalog.id(row)} does not have its checksum.")
         spec = self.spec(row)
         observation = {k: columns.pop(k) for k in spec.observation}
         return Trajectory(
@@ -296,15 +298,13 @@ class TrajectoryStore:
         return faults + [(None, fault) for fault in around]
 
     def _verify(self, row: int) -> None:
-        memory, steps, has, extent = self._place(row)
-        layout, id = self._layout(row), self._catalog.id(row)
+        memory, *_, extent = self._place(row)
         path = recovery.shard_path(self.path, int(self._catalog.column("shard")[row]))
         begin = 0 if extent.start == shard.first_message(path) else extent.start
         if shard.checksum(memory, begin, extent.end) != self._catalog.column("stored_crc")[row]:
-            raise FormatError(f"The bytes of trajectory {id} in shards/{path.name} are not those that were written.")
-        columns = shard.read_columns(memory, layout, steps, has, extent, self.codec)
-        if layout.checksum(columns) != self._catalog.crc[row]:
-            raise FormatError(f"The content of trajectory {id} does not have its checksum.")
+            what = f"trajectory {self._catalog.id(row)} in shards/{path.name}"
+            raise FormatError(f"The bytes of {what} are not those that were written.")
+        self.read(row, checked=True)
 
     def _place(self, row: int) -> tuple[mmap.mmap, int, int, shard.Extent]:
         """The map of the row's shard, its steps, its optional arrays, and where it is in the map."""
