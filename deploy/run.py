@@ -119,7 +119,9 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
                 cache = config.world_model / "priors"
                 found = RehearsalSet.load(run / "rehearsal.json")
                 network, seen = preset(size_name).prior, model.config.observation
-                clone_prior(store, found.rows, network, config.clone, cache, progress, seen).save(run / "prior")
+                clone_prior(store, found.rows, network, config.clone.for_size(size_name), cache, progress, seen).save(
+                    run / "prior"
+                )
     return run
 
 

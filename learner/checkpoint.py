@@ -222,6 +222,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise FormatError(f"Checkpoint {path} has format {found!r:.80}; this version reads {FORMAT!r}.")
+    if manifest.keys() != {"format", "files", "score"}:
+        raise FormatError(f"Checkpoint {path} is damaged: its manifest lacks a part.")
     return manifest
 
 

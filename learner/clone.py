@@ -11,6 +11,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -28,18 +29,19 @@ from gsa.agent import storage
 from gsa.agent.precision import autocast
 from gsa.agent.prior_actor import PriorActor, cameras, frame_stack, random_shift
 from gsa.agent.sizes import PIXELS, ObservationConfig, PriorConfig
-from gsa.errors import SpecMismatch, UsageError
+from gsa.errors import FormatError, SpecMismatch, Unavailable, UsageError
 from gsa.metrics import Meter, Progress, RunLog
 from gsa.schema import SequenceRef, Spec
-from learner.checkpoint import Checkpoints
+from learner.checkpoint import Checkpoints, Restored
 from learner.compute import generator_for, set_up
 from learner.config import CloneConfig, OptimiserConfig
 from learner.optimiser import Optimiser
 from replay_service.batches import SequenceSampler
 from retrieval.store import TrajectoryStore
 
+_log = logging.getLogger(__name__)
 VERSION = 1  # of this training: a prior cached by another version is not taken
-VALIDATION_STEPS = 2048  # drawn once from the held-out trajectories
+VALIDATION_STEPS = 2048  # of the held-out trajectories, at most
 SPLIT, VALIDATION = 1 << 40, (1 << 40) + 1  # where their random draws stand among those of the training steps
 
 
@@ -55,16 +57,24 @@ def clone_prior(
     """The prior actor of these trajectories: trained, or taken from `cache` where it was trained before.
 
     An interrupted training continues. The weights with the best validation loss, on trajectories held out, are the
-    result. Raises UsageError without trajectories, SpecMismatch where they are of several embodiments or lack an
-    observation.
+    result; what the config leaves open is the paper's. Raises UsageError without trajectories, SpecMismatch where they
+    are of several embodiments or lack an observation, Unavailable where the cache cannot be written.
     """
-    rows = _by_id(store, rows)
+    rows, config = _by_id(store, rows), config.for_size()
     folder = prior_folder(store, rows, network, config, cache, observation)
     device = set_up(config.compute)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"Cannot keep the prior actor in {folder}: {error.strerror}.") from None
     with _alone(folder):
-        if not (folder / "prior_actor.json").exists():
-            Cloning(store, rows, network, config, folder, device, observation).run(progress)
+        try:
+            return PriorActor.load(folder, device)
+        except UsageError:
+            pass  # never trained
+        except FormatError as error:
+            _log.warning("%s It is trained anew.", error)
+        Cloning(store, rows, network, config, folder, device, observation).run(progress)
         return PriorActor.load(folder, device)
 
 
@@ -76,8 +86,11 @@ def prior_folder(
     cache: str | Path,
     observation: ObservationConfig = PIXELS,
 ) -> Path:
-    """Where the prior actor of these trajectories and settings is kept. The order of the rows does not matter."""
-    settings = {k: v for k, v in configs.to_dict(config).items() if k not in ("compute", "checkpoint_every_s")}
+    """Where the prior actor of these trajectories and settings is kept. The order of the rows does not matter, nor do
+    the machine, its threads and how often a checkpoint is kept."""
+    settings = configs.to_dict(config.for_size())
+    settings["compute"] = {"precision": config.compute.precision}
+    del settings["checkpoint_every_s"]
     content = [(store.catalog.id(row), int(store.catalog.crc[row])) for row in _by_id(store, rows).tolist()]
     networks = [configs.to_dict(network), configs.to_dict(observation)]
     key = json.dumps([VERSION, networks, settings, content], sort_keys=True)
@@ -111,8 +124,8 @@ class Cloning:
         self._optimiser = Optimiser("prior", self.prior.named_parameters(), settings)
         self.step, self.best_step, self.best_loss, self.stale = 0, 0, float("inf"), 0
         self._best = self.prior.state_dict()
-        self._checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-        if (restored := self._checkpoints.load()) is not None:
+        self._checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+        if (restored := self._restored()) is not None:
             self._restore(restored.state)
         self._meter = Meter("prior")
 
@@ -197,18 +210,30 @@ class Cloning:
         return cut_steps(self.store, refs, self.network.frames, self.prior.observation)
 
     def _validation_set(self) -> Steps | None:
+        """All held-out steps or, where there are many, some of them, each once."""
         if not len(self.held_out):
             return None
-        sampler = SequenceSampler("pool", 2)
-        sampler.extend(self.held_out, self.store.catalog.length[self.held_out])
+        ends = np.cumsum(self.store.catalog.length[self.held_out], dtype=np.int64)
         rng = np.random.default_rng([self.config.seed, VALIDATION])
-        return self._cut(sampler.draw(min(VALIDATION_STEPS, sampler.steps), rng))
+        chosen = np.sort(rng.choice(ends[-1], min(VALIDATION_STEPS, int(ends[-1])), replace=False))
+        index = np.searchsorted(ends, chosen, side="right")
+        starts = chosen - np.concatenate([[0], ends])[index]
+        pairs = zip(self.held_out[index].tolist(), starts.tolist(), strict=True)
+        return self._cut([SequenceRef("pool", row, start, start + 2) for row, start in pairs])
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step, "weights": self.prior.state_dict(), "optimiser": self._optimiser.state(),
             "best": self._best, "best_step": self.best_step, "best_loss": self.best_loss, "stale": self.stale,
         }  # fmt: skip
+
+    def _restored(self) -> Restored | None:
+        """The newest checkpoint. Where all are damaged it begins anew: a cache is not worth an error."""
+        try:
+            return self._checkpoints.load()
+        except FormatError as error:
+            _log.warning("%s The prior actor is trained from the start.", error)
+            return None
 
     def _restore(self, state: dict[str, Any]) -> None:
         storage.fill(self.prior, state["weights"], "The checkpoint's prior actor")

@@ -76,9 +76,9 @@ class PretrainConfig:
 class CloneConfig:
     """Behaviour cloning of the prior actor."""
 
-    steps: int = 150_000
-    batch: int = 256
-    learning_rate: float = 1e-4
+    steps: int = 0  # 0: as many as fit the world model's size, 150,000 at the paper's
+    batch: int = 0  # steps of trajectories in a batch; 0: likewise, 256 at the paper's size
+    learning_rate: float = 0.0  # 0: likewise, 1e-4 at the paper's size
     seed: int = 0
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     holdout: float = 0.1  # share of the trajectories that only the validation loss sees
@@ -87,21 +87,27 @@ class CloneConfig:
     checkpoint_every_s: float = 60.0  # seconds between checkpoints, at least
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch", "learning_rate", "evaluate_every")
+        _positive(self, "evaluate_every")
+        for name in ("steps", "batch", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}.")
         if not 0 <= self.holdout < 1:
             raise UsageError(f"holdout must be in [0, 1), not {self.holdout}.")
         if self.patience < 0 or (self.patience and not self.holdout):
             raise UsageError("patience must be 0 or more, and needs a holdout: without one nothing tells when to stop.")
 
-    @classmethod
-    def for_size(cls, model: str) -> CloneConfig:
-        """Steps and batch that fit a size: the paper's, or fewer where the networks are made for a CPU.
+    def for_size(self, model: str = "paper") -> CloneConfig:
+        """With what was left open filled in: the paper's, or less where the networks are made for a CPU.
 
         The small ones take minutes: 2,000 steps of 0.05 s at "tiny", 8,000 of 0.15 s at "small", on one core.
         """
         preset(model)
-        scaled = {"tiny": cls(steps=2_000, batch=64, learning_rate=3e-4), "small": cls(steps=8_000, batch=128)}
-        return scaled.get(model, cls())
+        scaled = {"tiny": (2_000, 64, 3e-4), "small": (8_000, 128, 1e-4)}.get(model, (150_000, 256, 1e-4))
+        steps, batch, learning_rate = scaled
+        return replace(
+            self, steps=self.steps or steps, batch=self.batch or batch,
+            learning_rate=self.learning_rate or learning_rate,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

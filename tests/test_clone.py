@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gsa.agent import storage
-from gsa.agent.sizes import PriorConfig
-from gsa.errors import SpecMismatch, UsageError
+from gsa.agent.sizes import ObservationConfig, PriorConfig
+from gsa.errors import SpecMismatch, Unavailable, UsageError
 from gsa.metrics import read_log
 from gsa.schema import SequenceRef
-from learner.clone import clone_prior, cloning_loss, cut_steps, prior_folder, split
+from learner.clone import Cloning, clone_prior, cloning_loss, cut_steps, prior_folder, split
 from learner.config import CloneConfig, ComputeConfig
 from tests import dots
 
@@ -113,6 +113,13 @@ def test_it_is_trained_once_for_the_same_trajectories_in_any_order(store, tmp_pa
         {"network": dataclasses.replace(NETWORK, units=16)},
         {"config": with_(seed=1)},
         {"config": with_(steps=7)},
+        {"config": with_(batch=8)},
+        {"config": with_(learning_rate=2e-3)},
+        {"config": with_(holdout=0.5)},
+        {"config": with_(evaluate_every=3)},
+        {"config": with_(patience=4)},
+        {"config": with_(compute=ComputeConfig("cpu", precision="bfloat16", threads=1))},
+        {"observation": ObservationConfig(("pixels",), (("joints", 2),))},
     ],
 )
 def test_anything_that_decides_it_gives_another_folder(store, tmp_path, change):
@@ -179,6 +186,54 @@ def test_no_trajectories_and_several_embodiments_are_one_sentence(store, tmp_pat
         clone_prior(store, [0, len(store) - 1], NETWORK, SHORT, tmp_path)
 
 
+def test_the_validation_steps_are_the_held_out_ones_each_once(store, tmp_path):
+    cloning = Cloning(store, store.rows(), NETWORK, SHORT, tmp_path, torch.device("cpu"))
+    expected = np.concatenate([store.read(row).action for row in cloning.held_out])
+    assert np.array_equal(cloning._validation.action.numpy(), expected)
+    assert len(expected) == 20
+
+
+def test_trajectories_of_other_content_are_another_prior(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        with dots.make_store(tmp_path / str(seed), seed, count=2, expert=True) as store:
+            folders.append(prior_folder(store, [0, 1], NETWORK, SHORT, tmp_path))
+    assert folders[0] != folders[1]
+
+
+@pytest.mark.parametrize("name", ["prior_actor.safetensors", "prior_actor.json"])
+def test_a_damaged_cache_is_said_and_trained_anew(store, tmp_path, name, caplog):
+    first = clone_prior(store, [1, 2, 3], NETWORK, SHORT, tmp_path)
+    folder = prior_folder(store, [1, 2, 3], NETWORK, SHORT, tmp_path)
+    (folder / name).write_bytes(b"torn")
+    assert same(clone_prior(store, [1, 2, 3], NETWORK, SHORT, tmp_path), first)
+    assert "trained anew" in caplog.text
+
+
+def test_damaged_checkpoints_are_said_and_begun_again(store, tmp_path, caplog):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, numbers):
+        if done == 5:
+            raise Stop
+
+    through = clone_prior(store, [1, 2, 3], NETWORK, SHORT, tmp_path / "through")
+    with pytest.raises(Stop):
+        clone_prior(store, [1, 2, 3], NETWORK, SHORT, tmp_path, stop)
+    folder = prior_folder(store, [1, 2, 3], NETWORK, SHORT, tmp_path)
+    for file in folder.glob("checkpoints/*/tensors.safetensors"):
+        file.write_bytes(b"torn")
+    assert same(clone_prior(store, [1, 2, 3], NETWORK, SHORT, tmp_path), through)
+    assert "trained from the start" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Unavailable, match="Cannot keep the prior actor"):
+        clone_prior(store, [1], NETWORK, SHORT, tmp_path / "file")
+
+
 def test_two_runs_that_want_one_prior_train_it_once(store, tmp_path):
     seen = [[], []]
 
@@ -194,8 +249,10 @@ def test_two_runs_that_want_one_prior_train_it_once(store, tmp_path):
 
 
 def test_settings_scale_with_the_size_and_are_checked():
-    assert CloneConfig.for_size("paper") == CloneConfig()
-    assert CloneConfig.for_size("tiny").steps < CloneConfig.for_size("small").steps < CloneConfig().steps
-    for bad in ({"holdout": 1.0}, {"steps": 0}, {"patience": 2, "holdout": 0.0}):
+    sizes = [CloneConfig().for_size(size) for size in ("tiny", "small", "paper")]
+    assert [c.steps for c in sizes] == [2_000, 8_000, 150_000]
+    assert (sizes[-1].batch, sizes[-1].learning_rate) == (256, 1e-4)
+    assert SHORT.for_size("tiny") == SHORT  # what was asked for stays
+    for bad in ({"holdout": 1.0}, {"steps": -1}, {"patience": 2, "holdout": 0.0}):
         with pytest.raises(UsageError):
             with_(**bad)
