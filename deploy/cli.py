@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from deploy.config import FinetuneConfig, Imports
-from deploy.data_commands import Collect, Index, Ingest, Retrieve, Store
+from deploy.data_commands import Collect, Index, Ingest, Retrieve, Shift, Store
 from gsa import __version__
 from gsa import config as configs
 from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, Stopped, UsageError
@@ -185,6 +185,7 @@ Command = (
     | Annotated[Finetune, subcommand("finetune")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Shift, subcommand("shift")]
     | Annotated[Demo, subcommand("demo")]
 )
 

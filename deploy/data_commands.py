@@ -195,3 +195,38 @@ class Retrieve:
         from deploy import rehearsal
 
         return rehearsal.retrieve(self)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Measure how far what a run rehearses is from what it meets: Wasserstein distances between the latent states of
+    its online data and those of retrieved, random and all trajectories of the pool."""
+
+    run: Positional[Path | None] = None
+    """Folder of a run: its online store, pool, world model and rehearsal set are compared. Flags go before it."""
+    online: Path | None = None
+    """Store of online data."""
+    pool: Path | None = None
+    """Store of the offline trajectories."""
+    world_model: Path | None = None
+    """The world model whose latents are compared; default: the pre-trained one that the run started from."""
+    rehearsal: Path | None = None
+    """rehearsal.json of what was retrieved."""
+    expert: Path | None = None
+    """Store of an expert's trajectories: distances are measured from them, too."""
+    out: Path | None = None
+    """Folder for shift.json and shift.png; default: the run's."""
+    sequences: int = 128
+    """Sequences drawn of each, as training draws them."""
+    length: int = 64
+    """Observation rows a sequence."""
+    states: int = 500
+    """States of each in a repeat, at most."""
+    repeats: int = 20
+    """How often half of the trajectories is drawn, for the intervals."""
+    seed: int = 0
+
+    def __call__(self) -> int:
+        from deploy import shift
+
+        return shift.shift(self)

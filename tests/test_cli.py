@@ -18,7 +18,7 @@ from retrieval.store import TrajectoryStore
 
 COMMANDS = (
     "doctor", "tasks", "check-env", "collect", "ingest", "store", "pretrain", "index", "retrieve", "finetune",
-    "evaluate", "report", "demo",
+    "evaluate", "report", "shift", "demo",
 )  # fmt: skip
 
 
