@@ -102,12 +102,14 @@ class Pretrain:
     store: Path
     out: Path
     """Folder of the world model, its checkpoints and its log."""
+    processes: int = 1
+    """Processes on this machine that share each batch; with GPUs, one for each. Over several machines: torchrun."""
     settings: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
 
     def __call__(self) -> int:
         from deploy import stages
 
-        return stages.pretrain(self.store, self.settings, self.out)
+        return stages.pretrain(self.store, self.settings, self.out, self.processes)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Evaluator:
 def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> dict[str, Any]:
     """Random policy, prior alone and fine-tuned policy on the same episodes; writes evaluation.json and video.mp4."""
     from gsa.agent.agent import Agent
-    from reports.video import side_by_side, write_mp4
+    from gsa.video import side_by_side, write_mp4
 
     batch = min(BATCH, config.final_episodes)
     policy = parts.guided_policy(parts.Architecture.load(run), batch)
@@ -94,7 +94,7 @@ def evaluate_agent(
     """The policy of an agent's folder on `episodes` episodes of a task."""
     from gsa.agent.agent import Agent
     from gsa.agent.policy import GuidedPolicy
-    from reports.video import write_mp4
+    from gsa.video import write_mp4
 
     agent = Agent.load(folder)
     envs = min(BATCH, episodes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,6 +16,7 @@ from rich.table import Table
 from actors.hosting import Host
 from deploy import models, parts, rehearsal, stages
 from deploy.config import FinetuneConfig
+from deploy.processes import stop_on
 from deploy.progress import bar, console
 from gsa import config as configs
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig, preset
@@ -52,7 +52,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
 
         run = prepare(config, launch, resume)
         if "fine-tune" not in stages_done(run):
-            with stage(run, "fine-tune"), stop_on_sigterm() as stop, bar("fine-tune") as progress:
+            with stage(run, "fine-tune"), stop_on(signal.SIGTERM) as stop, bar("fine-tune") as progress:
                 if config.local:
                     from deploy.local import run_local
 
@@ -166,20 +166,6 @@ def resume(folder: Path, changes: Callable[[FinetuneConfig], FinetuneConfig]) ->
     if different := [f"{k} {ours[k]} → {theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in MAY_CHANGE]:
         raise UsageError(f"Another run would come of it: {'; '.join(different)}. Start one with another --out.")
     return finetune(now, resume=True)
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process. Outside the main thread nobody sets it."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def stages_done(folder: Path) -> set[str]:

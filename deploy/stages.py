@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.progress import bar, console
 from gsa.agent.sizes import PRESETS, preset
-from gsa.errors import SpecMismatch, UsageError
+from gsa.errors import SpecMismatch, Stopped, UsageError
 from gsa.schema import Spec
 from learner.config import PretrainConfig
 from retrieval.store import TrajectoryStore
@@ -19,21 +23,42 @@ if TYPE_CHECKING:
     from gsa.agent.world_model import WorldModel
 
 
-def pretrain(path: Path, config: PretrainConfig, out: Path) -> int:
-    """Pre-trains a world model on a store."""
+def pretrain(path: Path, config: PretrainConfig, out: Path, processes: int = 1) -> int:
+    """Pre-trains a world model on a store, in so many processes of this machine. SIGTERM or Ctrl-C saves first."""
+    from deploy.processes import launch, stop_on
+
     preset(config.model)
+    if processes < 1 or config.batch % processes:
+        raise UsageError(f"--batch {config.batch} does not divide into --processes {processes} equal parts.")
+    with stop_on(signal.SIGTERM, signal.SIGINT) as stop:
+        if processes > 1:
+            launch(_pretrain, (path, config, out), processes, stop)
+        else:
+            _pretrain(path, config, out, stop)
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"World model: {out}")
+    return 0
+
+
+def _pretrain(path: Path, config: PretrainConfig, out: Path, stop: threading.Event | None = None) -> None:
+    """In this process, which may be one of several."""
+    from deploy.processes import stop_on
     from learner.pretrain import pretrain as train
     from learner.pretrain import what_is_seen
 
-    with TrajectoryStore.open(path) as store:
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on(signal.SIGTERM)) if stop is None else stop
+        store = stack.enter_context(TrajectoryStore.open(path))
         seen = what_is_seen(store, store.rows(), config).names
         others = sorted({name for spec in store.specs.values() for name in spec.observation} - set(seen))
         left_out = f"; left out, as not asked for or not shared by all: {', '.join(others)}" if others else ""
-        console.print(f"The world model sees {', '.join(seen)}{left_out}.", soft_wrap=True)
-        with bar("pretrain") as progress:
-            train(store, config, out, progress)
-    console.print(f"World model: {out}")
-    return 0
+        if first:
+            console.print(f"The world model sees {', '.join(seen)}{left_out}.", soft_wrap=True)
+        progress = stack.enter_context(bar("pretrain")) if first else None
+        train(store, config, out, progress, stop)
+    if stop.is_set():
+        raise Stopped(f"Stopped and saved; the same command goes on from there: {out}")
 
 
 def evaluate(

@@ -54,10 +54,14 @@ class PretrainConfig:
     log_every: int = 50  # updates
     checkpoint_every: int = 1000  # updates
     keep: int = 2  # checkpoints
-    strip_context: int = 5  # observations that the open-loop prediction strip is given before it predicts
+    strip_context: int = 5  # observations that an open-loop prediction is given before it predicts
+    strip_every: int = 5000  # updates between pictures of open-loop predictions; 0: only at the end
+    deadline_s: float = 600.0  # without an answer of another process that trains too, after which to give up
 
     def __post_init__(self) -> None:
-        _positive(self, "updates", "batch", "log_every", "checkpoint_every", "keep", "strip_context")
+        _positive(self, "updates", "batch", "log_every", "checkpoint_every", "keep", "strip_context", "deadline_s")
+        if self.strip_every < 0:
+            raise UsageError(f"strip_every must be 0 or more, not {self.strip_every}.")
         if self.length < 2:
             raise UsageError(f"length must be at least 2 rows, not {self.length}: the dynamics need a transition.")
         if self.strip_context >= self.length:

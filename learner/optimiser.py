@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gsa.errors import FormatError, GsaError
 from learner.config import OptimiserConfig
+
+AddUp = Callable[[Sequence[Tensor]], None]
 
 
 class Optimiser:
@@ -20,8 +22,11 @@ class Optimiser:
     counted; `max_skips` in a row end the training.
     """
 
-    def __init__(self, name: str, parameters: Iterable[tuple[str, Tensor]], config: OptimiserConfig) -> None:
-        self.name, self.config = name, config
+    def __init__(
+        self, name: str, parameters: Iterable[tuple[str, Tensor]], config: OptimiserConfig, add_up: AddUp | None = None
+    ) -> None:
+        """`add_up` adds to gradients and loss, in place, what other processes made of their share of the batch."""
+        self.name, self.config, self._add_up = name, config, add_up
         self.parameters = {key: p for key, p in parameters if p.requires_grad}
         self.steps = self.skips = self._skips_in_a_row = 0
         # AdamW multiplies the weights by 1 − lr·weight_decay, inside the one fused pass over them.
@@ -40,9 +45,11 @@ class Optimiser:
         weights = list(self.parameters.values())
         # backward(inputs=…) and not autograd.grad: it lays a gradient out like its weight, as the fused pass expects.
         torch.autograd.backward(loss, inputs=weights)
-        gradients = [p.grad for p in weights if p.grad is not None]
+        gradients, value = [p.grad for p in weights if p.grad is not None], loss.detach().float()
+        if self._add_up is not None:
+            self._add_up([*gradients, value])
         norm = torch.nn.utils.get_total_norm(gradients)
-        values = torch.stack((loss.detach().float(), norm.float())).tolist()  # one wait for the device
+        values = torch.stack((value, norm.float())).tolist()  # one wait for the device
         metrics = {f"{self.name}_loss": values[0], f"{self.name}_grad_norm": values[1]}
         if all(map(_finite, values)):
             torch.nn.utils.clip_grads_with_norm_(weights, self.config.clip_norm, norm)

@@ -1,4 +1,4 @@
-"""The open-loop prediction strip: what a world model foresees beside what came, for people to look at."""
+"""Open-loop predictions as pictures and a film: what a world model foresees beside what came, for people to look at."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from gsa.agent.rssm import State
 from gsa.agent.world_model import TensorBatch, WorldModel
 from gsa.schema import SequenceRef
+from gsa.video import side_by_side, write_mp4
 from learner.compute import generator_for
 from replay_service.batches import cut
 from retrieval.store import TrajectoryStore
 
 COLUMNS = 16  # frames shown of a sequence, evenly spaced
 EMBODIMENTS = 8  # shown at most
+FPS = 10
+PREDICTED = (255, 0, 0)  # the colour that says so
 
 
 @torch.no_grad()
@@ -49,9 +52,9 @@ def strip_refs(store: TrajectoryStore, length: int) -> list[SequenceRef]:
     return refs
 
 
-def save_strip(path: Path, world_model: WorldModel, store: TrajectoryStore, length: int, context: int) -> float:
-    """Draws truth, model and error for each embodiment of the store into a PNG, cameras side by side; nothing where
-    there are none.
+def save_open_loop(path: Path, world_model: WorldModel, store: TrajectoryStore, length: int, context: int) -> float:
+    """Truth, model and error of a sequence of each embodiment of the store, as <path>.png and <path>.mp4, cameras side
+    by side; nothing where there are none.
 
     Returns the mean squared error of what is predicted, summed over an observation as in the training loss: pixels in
     the encoder's scale of [-0.5, 0.5], vectors in symlog; nan where no trajectory is longer than `context` rows.
@@ -62,11 +65,22 @@ def save_strip(path: Path, world_model: WorldModel, store: TrajectoryStore, leng
     model = open_loop(world_model, TensorBatch.from_batch(batch, world_model.device), context, generator)
     if images := world_model.config.observation.images:
         truth, foreseen = (np.concatenate([which[k] for k in images], 3) for which in (batch.observation, model))
-        _draw(path, truth, foreseen, [store.spec(r.trajectory).embodiment for r in refs], context)
+        names = [store.spec(r.trajectory).embodiment for r in refs]
+        _draw(path.with_suffix(".png"), truth, foreseen, names, context)
+        _film(path.with_suffix(".mp4"), truth, foreseen, names, context)
     error = sum(_error(batch.observation[name], value) for name, value in model.items())
     assert isinstance(error, np.ndarray)
     predicted = batch.valid & (np.arange(length) >= context)
     return float(error[predicted].mean()) if predicted.any() else float("nan")
+
+
+def _film(path: Path, truth: np.ndarray, model: np.ndarray, names: list[str], context: int) -> None:
+    """truth, model uint8 [B, T, 64, W, 3] → a film of T frames: a row for each of B sequences."""
+    error = np.abs(truth.astype(np.int16) - model).astype(np.uint8)
+    rows = [side_by_side({name: truth[i], "model": model[i], "error": error[i]}) for i, name in enumerate(names)]
+    film = np.concatenate(rows, 1)
+    film[context:, :2, :] = PREDICTED  # a line at the top, from where it predicts
+    write_mp4(path, film, FPS)
 
 
 def _error(truth: np.ndarray, model: np.ndarray) -> np.ndarray:

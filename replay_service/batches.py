@@ -199,15 +199,19 @@ class PoolBatches(Iterator[Batch]):
 
     Batch i depends on the seed and i alone, so that `state()` is a number. With `buffers` = n ≥ 2 arrays are
     reused: a batch is overwritten when the (n−1)-th after it is asked for. Without an `observation` to read, what the
-    embodiments share is read.
+    embodiments share is read. With a `share` = (i, n) only the i-th of n equal parts of each batch is cut.
     """
 
     def __init__(
         self, store: TrajectoryStore, batch: int, length: int, max_action_dim: int, seed: int,
         rows: np.ndarray | None = None, buffers: int = 0, observation: Mapping[str, ArraySpec] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         if buffers == 1 or buffers < 0:
             raise UsageError("Batches need no buffers or at least 2: one is cut while one is used.")
+        if batch % share[1]:
+            raise UsageError(f"A batch of {batch} sequences does not divide into {share[1]} equal parts.")
+        self.part = slice(share[0] * batch // share[1], (share[0] + 1) * batch // share[1])
         self.store, self.seed = store, seed
         self.batch, self.length, self.max_action_dim = batch, length, max_action_dim
         self._sampler = SequenceSampler("pool", length)
@@ -247,7 +251,7 @@ class PoolBatches(Iterator[Batch]):
     def _make(self, i: int) -> Batch:
         refs = self._sampler.draw(self.batch, np.random.default_rng([self.seed, i]))
         out = self._buffers[i % len(self._buffers)] if self._buffers else self._empty()
-        return cut({"pool": self.store}, refs, self.length, self.max_action_dim, out=out)
+        return cut({"pool": self.store}, refs[self.part], self.length, self.max_action_dim, out=out)
 
     def _empty(self) -> Batch:
-        return empty_batch(self.batch, self.length, self._observation, self.max_action_dim)
+        return empty_batch(self.part.stop - self.part.start, self.length, self._observation, self.max_action_dim)

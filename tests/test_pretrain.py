@@ -3,13 +3,14 @@
 import dataclasses
 import threading
 
+import imageio_ffmpeg
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 
 from gsa.agent.world_model import TensorBatch, WorldModel
-from gsa.errors import UsageError
+from gsa.errors import GsaError, UsageError
 from gsa.metrics import read_log
 from gsa.schema import SequenceRef, Spec
 from learner.compute import generator_for
@@ -102,11 +103,34 @@ def test_a_damaged_checkpoint_is_said_and_the_previous_one_continued(store, tmp_
     assert f"{newest.name}/tensors.safetensors is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("change", [{"batch": 4}, {"seed": 1}, {"optimiser": OptimiserConfig(learning_rate=1.0)}])
+@pytest.mark.parametrize("change", [{"batch": 4}, {"seed": 1}, {"length": 7}])
 def test_other_settings_do_not_continue_it(store, tmp_path, change):
     pretrain(store, with_(updates=1), tmp_path / "out")
     with pytest.raises(UsageError, match=next(iter(change))):
         pretrain(store, with_(**change), tmp_path / "out")
+
+
+def test_one_that_diverges_stops_with_a_sentence_and_goes_on_with_a_lower_learning_rate(store, tmp_path):
+    """The step that broke it is its last: no checkpoint is made of broken weights."""
+    wild = OptimiserConfig(learning_rate=1e30, weight_decay=0.0, max_skips=3)
+    pretrain(store, with_(updates=2), tmp_path / "out")
+    with pytest.raises(GsaError, match=r"diverged: 3 updates in a row.*lower learning rate"):
+        pretrain(store, with_(updates=99, optimiser=wild, checkpoint_every=99), tmp_path / "out")
+    model = pretrain(store, with_(updates=3), tmp_path / "out")
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+    assert read_log(tmp_path / "out")[-1]["frames"] == 3
+
+
+def test_losses_of_each_embodiment_are_logged_and_make_up_the_whole(store, tmp_path):
+    pretrain(store, with_(log_every=1), tmp_path / "out")
+    rows = [r for r in read_log(tmp_path / "out") if "pretrain/recon" in r]
+    for row in rows:
+        parts = [row[k] for k in row if k.startswith("pretrain/recon/")]
+        assert 1 <= len(parts) <= 2
+        assert min(parts) - 1e-3 <= row["pretrain/recon"] <= max(parts) + 1e-3
+    assert {k for r in rows for k in r if k.startswith("pretrain/dyn/")} == {
+        f"pretrain/dyn/{name}" for name in store.specs
+    }
 
 
 def test_another_store_does_not_continue_it(store, tmp_path):
@@ -158,6 +182,13 @@ def test_it_learns_and_shows_what_it_foresees(store, tmp_path):
     assert recon[0] > 0.8 * black
     assert recon[-1] < 0.6 * black
     assert rows[-1]["pretrain/open_loop_error"] < black
+    frames = imageio_ffmpeg.read_frames(str(tmp_path / "out" / "open_loop.mp4"), pix_fmt="rgb24")
+    meta = next(frames)
+    width, height = meta["size"]
+    assert meta["fps"] == 10
+    film = [np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in frames]
+    assert len(film) == config.length
+    assert [bool(f[0, :, 0].mean() > 150) for f in film] == [t >= config.strip_context for t in range(config.length)]
     strip = matplotlib.image.imread(tmp_path / "out" / "open_loop.png")
     assert strip.shape[0] > 2 * 150
     assert strip[..., :3].std() > 0.1

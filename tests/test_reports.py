@@ -11,11 +11,11 @@ import pytest
 
 from gsa.errors import UsageError
 from gsa.schema import ArraySpec, Spec, Trajectory
+from gsa.video import LABEL_HEIGHT, side_by_side, write_mp4
 from reports import sheets
 from reports.record import read_run
 from reports.report import write_report
 from reports.sheets import contact_sheet, frame_strip
-from reports.video import LABEL_HEIGHT, side_by_side, write_mp4
 from retrieval.retriever import RehearsalSet
 from retrieval.store import TrajectoryStore
 

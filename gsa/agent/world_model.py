@@ -25,6 +25,7 @@ from gsa.errors import SpecMismatch
 from gsa.schema import Batch
 
 KIND = "world_model"
+Noise = torch.Generator | Tensor  # what draws the latents; or the numbers it would draw, [B, T, S] in [0, 1)
 NOT_ARCHITECTURE = ("precision", "free_nats", "recon_scale", "dyn_scale", "rep_scale")
 
 
@@ -102,9 +103,7 @@ class WorldModel(nn.Module):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.encode(tensors).float().cpu().numpy()
 
-    def observe(
-        self, features: Tensor, previous_action: Tensor, is_first: Tensor, generator: torch.Generator
-    ) -> States:
+    def observe(self, features: Tensor, previous_action: Tensor, is_first: Tensor, noise: Noise) -> States:
         """The filter over whole sequences.
 
         features [B, T, F], previous_action [B, T, A] float32, is_first [B, T] bool.
@@ -114,7 +113,7 @@ class WorldModel(nn.Module):
                 f"Actions padded to {previous_action.shape[-1]}; this world model has max_action_dim "
                 f"{self.config.max_action_dim}."
             )
-        uniform = self.draw(features.shape[:-1], generator)
+        uniform = noise if isinstance(noise, Tensor) else self.draw(features.shape[:-1], noise)
         unimix = self.config.unimix
         return rssm.scan(self.cell, self.posterior, features, previous_action, is_first, uniform, unimix)
 
@@ -139,7 +138,7 @@ class WorldModel(nn.Module):
         return observation.split(self.config.observation, images, vectors)
 
     def loss(
-        self, batch: TensorBatch, generator: torch.Generator, groups: Mapping[str, Tensor] | None = None
+        self, batch: TensorBatch, noise: Noise, groups: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, States, dict[str, Tensor]]:
         """The training loss (a scalar), the inferred states of [B, T, …] with gradient, and metrics.
 
@@ -151,7 +150,7 @@ class WorldModel(nn.Module):
         with self.autocast():
             features = self._encode(inputs).view(*shape, -1)
             action = batch.previous_action * batch.action_mask[:, None]  # what a padded dimension holds is no action
-            states = self.observe(features, action, batch.is_first, generator)
+            states = self.observe(features, action, batch.is_first, noise)
             prior_logits = self.prior(states.deter)
             errors = self._errors(states.state, inputs)
         parts = {
