@@ -16,7 +16,7 @@ from actors.hosting import Isolated
 from actors.worker import WeightLink
 from deploy import parts
 from deploy.config import FinetuneConfig
-from gsa.errors import SpecMismatch, Unavailable
+from gsa.errors import SpecMismatch, Unavailable, UsageError
 from gsa.metrics import Progress, bootstrap_interval
 from gsa.schema import Trajectory
 from retrieval.files import replace_file
@@ -74,7 +74,8 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
         for name, controller in who.items():
             progress(len(results) * config.final_episodes, len(who) * config.final_episodes, {})
             played = parts.play(rollout, controller, config.final_episodes)
-            films[name] = np.asarray(played[0].observation["pixels"])
+            if (film := filmed(played[0])) is not None:
+                films[name] = film
             results[name] = {
                 "returns": [t.stats["return"] for t in played], "scores": [t.stats["score"] for t in played],
                 "frames": config.budget_frames if name == "finetuned" else 0,
@@ -82,10 +83,17 @@ def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> d
         progress(len(who) * config.final_episodes, len(who) * config.final_episodes, {})
     finally:
         rollout.close()
-    write_mp4(run / "video.mp4", side_by_side(films), fps=20)
+    if films:
+        write_mp4(run / "video.mp4", side_by_side(films), fps=20)
     with replace_file(run / "evaluation.json") as file:
         file.write(json.dumps({"task": config.task, "policies": results}, indent=1).encode())
     return results
+
+
+def filmed(played: Trajectory) -> np.ndarray | None:
+    """What the cameras saw of an episode, side by side: uint8 [T+1, H, W, 3]; None where there are none."""
+    images = [np.asarray(value) for _, value in sorted(played.observation.items()) if value.ndim == 4]
+    return np.concatenate(images, 2) if images else None
 
 
 def evaluate_agent(
@@ -109,5 +117,8 @@ def evaluate_agent(
         seen.require(rollout.hosts[0].spec.observation, f"The agent in {folder}", f"the task {task}")
         played = parts.play(rollout, "policy", episodes)
     if video is not None:
-        write_mp4(video, np.asarray(played[0].observation["pixels"]), fps=20)
+        film = filmed(played[0])
+        if film is None:
+            raise UsageError(f"{task} gives no images, so there is nothing to film: leave out --video.")
+        write_mp4(video, film, fps=20)
     return summary(played)

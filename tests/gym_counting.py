@@ -53,6 +53,25 @@ class Place(Counting):
         return image(getattr(self, "place", 32))
 
 
+class Sensed(Counting):
+    """Seen by a camera, and by joints that stand where the actions moved them."""
+
+    observation_space = gym.spaces.Dict({
+        "camera": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), "joints": gym.spaces.Box(-99, 99, (2,), np.float32),
+    })  # fmt: skip
+
+    def reset(self, *, seed=None, options=None):
+        self.joints = np.zeros(2, np.float32)
+        camera, info = super().reset(seed=seed)
+        return {"camera": camera, "joints": self.joints.copy()}, info
+
+    def step(self, action):
+        self.joints += action
+        camera, *rest = super().step(action)
+        return ({"camera": camera, "joints": self.joints.copy()}, *rest)
+
+
+gym.register("Sensed-v0", Sensed, max_episode_steps=STEPS)
 gym.register("Place-v0", Place, max_episode_steps=STEPS)
 gym.register("Counting-v0", Counting, max_episode_steps=STEPS)
 gym.register("SlowCounting-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.05})
