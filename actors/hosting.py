@@ -229,9 +229,9 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"no answer within {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    others, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, others)  # whoever had the timer before goes on with it, a little later

@@ -1,10 +1,11 @@
-"""Gymnasium environments that fail in one way each, in their n-th reset or in a step of an episode."""
+"""Gymnasium environments that fail, each in its way: in a step, in a reset, in some episodes or in all of them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -31,17 +32,19 @@ def fail() -> None:
 
 
 WAYS = {"Hangs": hang, "HangsInC": hang_without_a_turn_for_python, "Crashes": crash, "Raises": fail}
+ALL = (*WAYS, "Shape", "NaN")
 
 
 class Faulty(Counting):
-    """Fails by `way` in step `at`, with `at` 0 in reset: in one of `of` episodes, as the seed says."""
+    """Fails by `way` in step `at` (0: in reset); "Any" way is drawn from the seed, and every other episode is whole."""
 
-    def __init__(self, way: str, at: int = 7, of: int = 1, render_mode: str | None = None) -> None:
+    def __init__(self, way: str, at: int = 7, render_mode: str | None = None) -> None:
         super().__init__(render_mode)
-        self.way, self.at, self.of, self.bad = way, at, of, False
+        self.way, self.at, self.now = way, at, way
 
     def reset(self, *, seed=None, options=None):
-        self.bad = seed % self.of == 0
+        if self.way == "Any":
+            self.now = "" if seed % 2 else ALL[seed // 2 % len(ALL)]
         observation, info = super().reset(seed=seed)
         return self._spoiled(observation, 0.0)[0], info
 
@@ -50,16 +53,39 @@ class Faulty(Counting):
         return *self._spoiled(observation, reward), *rest
 
     def _spoiled(self, image, reward):
-        if not self.bad or self.steps != self.at:
+        if self.steps != self.at:
             return image, reward
-        if self.way in WAYS:
-            WAYS[self.way]()
-        if self.way == "Shape":
-            return np.zeros((64, 63, 4), np.uint8), reward
-        return image, float("nan")
+        if self.now in WAYS:
+            WAYS[self.now]()
+        if self.now == "Shape":
+            return np.zeros((63, 64, 3), np.uint8), reward
+        return image, float("nan") if self.now == "NaN" else reward
 
 
-for _way in (*WAYS, "Shape", "NaN"):
+class Unborn(Counting):
+    """Cannot be made."""
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__(render_mode)
+        raise RuntimeError("no licence for the simulator")
+
+
+class Together(Counting):
+    """A step returns once another environment is in its step, too; it fails if none comes."""
+
+    def step(self, action):
+        folder = Path(os.environ["GSA_TEST_MEETING"])
+        (folder / f"{self.steps}-{os.getpid()}").touch()
+        end = time.monotonic() + 30
+        while len(list(folder.glob(f"{self.steps}-*"))) < 2:
+            if time.monotonic() > end:
+                raise RuntimeError("alone")
+            time.sleep(0.002)
+        return super().step(action)
+
+
+for _way in (*ALL, "Any"):
     gym.register(f"{_way}-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way})
     gym.register(f"{_way}InReset-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way, "at": 0})
-    gym.register(f"{_way}Sometimes-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way, "of": 4})
+gym.register("Unborn-v0", Unborn, max_episode_steps=STEPS)
+gym.register("Together-v0", Together, max_episode_steps=STEPS)
