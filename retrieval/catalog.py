@@ -88,13 +88,19 @@ class Catalog:
         return self._columns[name][: self.rows]
 
     def id(self, row: int) -> str:
-        return self._ragged["id"][row].decode("utf-8", "surrogatepass")
+        try:
+            return self._ragged["id"][row].decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:  # of a foreign snapshot
+            return self._ragged["id"][row].decode("utf-8", "backslashreplace")
 
     def source(self, row: int) -> str:
         return self.sources[self._columns["source_code"][row]]
 
     def stats(self, row: int) -> dict[str, float]:
-        return dict(json.loads(self._ragged["stats"][row]))
+        try:
+            return dict(json.loads(self._ragged["stats"][row]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"The statistics of row {row} cannot be read: {error}.") from None
 
     def has(self, row: int, name: str) -> bool:
         """Whether the trajectory has that array."""
@@ -277,6 +283,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if np.dtype(dtype) != _dtype(name) or type(count) is not int or count < 0:
             raise FormatError(f"{path} has a column {name} of {dtype}.")
         end += -end % ALIGN
+        if end + count * _dtype(name).itemsize > len(whole):
+            raise FormatError(f"{path} is too short for its column {name}.")
         columns[name] = np.ndarray((count,), _dtype(name), memory, end)
         end += columns[name].nbytes
     return about, columns

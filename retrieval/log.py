@@ -17,7 +17,7 @@ from pathlib import Path
 from retrieval.files import WholeFile, replace_file
 from retrieval.shard import Extent
 
-MAX_LINE = 64 << 20  # bytes: a log without an end of line does not fill memory
+MAX_LINE = 16 << 20  # bytes: a log without an end of line does not fill memory
 MIN_LINE = 64  # no line is shorter, so that a row's number is bounded by the log's length
 LIMITS = {
     "row": (0, 2**62), "length": (0, 2**31), "has": (0, 2**8), "crc": (0, 2**32), "stored_crc": (0, 2**32),
@@ -65,10 +65,12 @@ class Record:
     @classmethod
     def of(cls, data: Mapping[str, object]) -> Record:
         """The record of a JSON object from a file. ValueError or TypeError where it is none."""
+        if not isinstance(data, dict):
+            raise TypeError("not a record")
         offsets, stats = data.get("offsets", []), data.get("stats", {})
         if not isinstance(offsets, list) or not isinstance(stats, dict):
             raise TypeError("not a record")
-        record = cls(**{**data, "offsets": tuple(offsets), "stats": stats})  # type: ignore[arg-type]
+        record = cls(**{**data, "offsets": tuple(offsets), "stats": stats})
         numbers = [(getattr(record, name), *limits) for name, limits in LIMITS.items()]
         numbers += [(offset, 0, 2**62) for offset in offsets]
         if not all(type(n) is int and low <= n < high for n, low, high in numbers):

@@ -111,12 +111,9 @@ def faults(folder: Path, catalog: Catalog, log: Log, manifest: Manifest) -> list
 
 def mark_lost(catalog: Catalog, folder: Path) -> list[str]:
     """Marks the rows whose shard ends before they do as unreadable; says which."""
-    shards = catalog.column("shard")
-    present = [shard for shard in np.unique(shards).tolist() if shard >= 0]
-    sizes = np.zeros(max(present, default=-1) + 2, np.int64)  # the last one stands for shard -1
-    for shard in present:
-        sizes[shard] = file_size(shard_path(folder, shard))
-    lost = catalog.readable & (catalog.column("end") > sizes[shards])
+    shards, place = np.unique(catalog.column("shard"), return_inverse=True)
+    sizes = np.array([file_size(shard_path(folder, shard)) for shard in shards.tolist()], np.int64)
+    lost = catalog.readable & (catalog.column("end") > sizes[place])
     catalog.readable[lost] = False
     return [_lost_row(catalog, row) for row in np.flatnonzero(lost).tolist()]
 
@@ -183,10 +180,11 @@ def cut_unfinished(folder: Path, catalog: Catalog) -> list[str]:
 
 def _catalogued_ends(folder: Path, catalog: Catalog) -> dict[int, int]:
     """Shard on disk → where its last catalogued trajectory ends; 0 where it has none."""
-    shards, ends = catalog.column("shard"), catalog.column("end")
-    last = np.zeros(max(int(shards.max(initial=-1)), *shard_numbers(folder), -1) + 1, np.int64)
-    np.maximum.at(last, shards[shards >= 0], ends[shards >= 0])
-    return {shard: int(last[shard]) for shard in shard_numbers(folder)}
+    shards, place = np.unique(catalog.column("shard"), return_inverse=True)
+    last = np.zeros(len(shards), np.int64)
+    np.maximum.at(last, place, catalog.column("end"))
+    ends = dict(zip(shards.tolist(), last.tolist(), strict=True))
+    return {shard: ends.get(shard, 0) for shard in shard_numbers(folder)}
 
 
 def _uncatalogued(path: Path, shard: int, manifest: Manifest, start: int) -> Iterator[Record]:

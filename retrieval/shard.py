@@ -153,10 +153,10 @@ def view(memory: mmap.mmap, layout: Layout, offsets: Sequence[int], name: str, s
     """Rows of a column of an uncompressed trajectory as an array on the mapped file; nothing is copied or read."""
     place = layout.place[name]
     column = layout.columns[place]
-    try:
-        return np.ndarray((rows, *column.shape), column.dtype, memory, offsets[place] + start * column.step_bytes)
-    except (IndexError, TypeError, ValueError) as error:
-        raise FormatError(f"A trajectory's {name} lies outside its shard: {error}.") from None
+    first = offsets[place] + start * column.step_bytes if place < len(offsets) else -1
+    if not 0 <= first <= first + rows * column.step_bytes <= len(memory):  # numpy's own check overflows
+        raise FormatError(f"A trajectory's {name} lies outside its shard.")
+    return np.ndarray((rows, *column.shape), column.dtype, memory, first)
 
 
 def copy(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: str, wanted: Wanted) -> None:
