@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reports.html import (
@@ -49,6 +49,7 @@ def page(record: RunRecord, verdict: str, pictures: Pictures) -> str:
         _retrieval(record.retrieved, pictures.contact_sheet),
         _world_model(pictures.open_loop),
         _stages(record.stages),
+        _faults(record.faults),
         _notes(record.notes),
         details("Settings", f"<pre>{text(record.config_text)}</pre>" if record.config_text else ""),
         details("Last value of every metric", _metrics(record)),
@@ -164,6 +165,12 @@ def _stages(stages: Sequence[tuple[str, float]]) -> str:
     rows = [(text(name), _duration(s), f'<div style="width:{100 * s / widest:.0f}%"></div>') for name, s in stages]
     rows.append(("<b>all</b>", f"<b>{_duration(sum(s for _, s in stages))}</b>", ""))
     return section("Time", table(("stage", "took", ""), rows, {1: "n", 2: "meter"}))
+
+
+def _faults(faults: Mapping[str, int]) -> str:
+    """What failed on the way and was replaced; each lost its episode at most."""
+    rows = [(text(sentence), f"{n:,}") for sentence, n in faults.items()]
+    return section("Replaced on the way", table(("fault", "times"), rows, {1: "n"}) if rows else "")
 
 
 def _notes(notes: Sequence[str]) -> str:

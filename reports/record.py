@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gsa.errors import FormatError, UsageError
+from gsa.errors import FormatError, UsageError, cause_of
 from gsa.metrics import bootstrap_interval, read_log
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class RunRecord:
     log: Sequence[Mapping[str, Any]]
     retrieved: Retrieved | None
     stages: Sequence[tuple[str, float]]  # stage, seconds
+    faults: Mapping[str, int]  # what failed and was replaced: the first sentence of each cause → how often
     notes: Sequence[str] = field(default_factory=tuple)  # what is missing or unreadable, in sentences
 
     @property
@@ -132,11 +134,12 @@ def read_run(folder: str | Path) -> RunRecord:
     config, text = part("config.yaml", _config, "No config.yaml: the run's settings are unknown.") or ({}, "")
     retrieved = part("rehearsal.json", _retrieved, "Nothing was retrieved in this run: there is no rehearsal.json.")
     stages = part("stages.json", _stages, "") or []
+    faults = part("faults.jsonl", _faults, "") or {}
     found = {p.name for p in policies}
     if policies and (absent := [label for name, label in POLICIES.items() if name not in found]):
         notes.append(f"Not among the evaluated: {', '.join(absent)}.")
     task = task or str(config.get("task", ""))
-    return RunRecord(folder, config, text, task, policies, log, retrieved, stages, tuple(notes))
+    return RunRecord(folder, config, text, task, policies, log, retrieved, stages, faults, tuple(notes))
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
@@ -185,6 +188,13 @@ def _retrieved(path: Path) -> Retrieved:
 
 def _stages(path: Path) -> list[tuple[str, float]]:
     return [(str(row["stage"]), float(row["seconds"])) for row in json.loads(path.read_text())]
+
+
+def _faults(path: Path) -> dict[str, int]:
+    sentences = [str(json.loads(line)["fault"]) for line in path.read_text().splitlines()]
+    first = {cause_of(sentence): sentence for sentence in reversed(sentences)}
+    counts = Counter(map(cause_of, sentences))
+    return {first[cause]: n for cause, n in counts.most_common()}
 
 
 def _is_number(value: Any) -> bool:

@@ -358,3 +358,12 @@ def test_side_by_side_holds_the_last_frame_of_the_short_one():
 def test_side_by_side_needs_one_size():
     with pytest.raises(UsageError, match="one size"):
         side_by_side({"a": film(2), "b": film(2, side=32)})
+
+
+def test_faults_are_counted_by_cause_and_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    said = ["gym/X failed in step: no answer within 60 s.", "gym/X failed in step: QACC at 0.12."]
+    rows = [said[0], said[1], said[1].replace("0.12", "4.5"), said[0], said[1]]
+    (folder / "faults.jsonl").write_text("".join(json.dumps({"frames": 1, "fault": row}) + "\n" for row in rows))
+    assert read_run(folder).faults == {said[1]: 3, said[0]: 2}
+    assert "no answer within 60 s" in write_report(folder).html.read_text()

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from actors.guidance import GuidanceConfig
-from actors.hosting import InProcess
+from actors.hosting import InProcess, Isolated
 from actors.rollout import Rollout
 from actors.worker import EnvWorker
 from gsa.errors import GsaError
 from gsa.schema import Controller, Lease, NoLease, WeightSnapshot
-from tests.counting import STEPS, counting
+from tests import guides
+from tests.counting import STEPS, counting, task
 
 
 class EncodesStep:
@@ -26,7 +27,11 @@ class EncodesStep:
         seen = observation["pixels"][:, 0, 0, 0]
         assert (seen[seen > 0] == self.steps[seen > 0]).all()
         self.steps += 1
+        self.controllers = controller.copy()
         return np.repeat(((self.steps - 1) / 100)[:, None], 2, axis=1).astype(np.float32)
+
+    def executed(self, action):
+        self.told = action.copy()
 
     def load_tensors(self, tensors):
         self.loaded.append(tensors)
@@ -148,3 +153,71 @@ def test_ten_faults_of_one_cause_end_the_worker_with_that_cause():
         while w.tick():
             pass
     assert replay.released == list(range(9))
+
+
+def guided_by(factory, guidance, has_prior=False, warmup=False):
+    w, replay = worker(
+        leases(1, warmup=warmup), [counting()], guidance=guidance, has_prior=has_prior, guides=[factory(task())]
+    )
+    controllers = []
+    while w.tick():
+        controllers.append(int(w.rollout.policy.controllers[0]))
+    return w, replay.added[0][1], controllers
+
+
+def test_a_guide_acts_where_the_schedule_says_and_the_filter_is_told():
+    w, trajectory, asked = guided_by(guides.half, "constant(1)")
+    taken = trajectory.controller == Controller.HUMAN
+    assert taken.any() and (trajectory.controller[~taken] == Controller.POLICY).all()
+    assert (trajectory.action[taken] == [0.5, -1.0]).all()  # as executed: clipped
+    assert np.allclose(trajectory.action[~taken, 0], np.flatnonzero(~taken) / 100)
+    assert trajectory.stats["guided_share"] == pytest.approx(taken.mean())
+    assert Controller.HUMAN not in asked  # the policy is asked for an action of its own in every step
+    assert (w.rollout.policy.told[0] == trajectory.action[-1]).all()
+
+
+def test_a_guide_may_take_over_at_any_step():
+    _, trajectory, _ = guided_by(guides.third, "constant(0)")
+    assert (np.flatnonzero(trajectory.controller == Controller.HUMAN) == np.arange(0, STEPS, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("has_prior", "warmup", "acts"),
+    [(True, False, Controller.PRIOR), (True, True, Controller.PRIOR), (False, True, Controller.RANDOM)],
+)
+def test_what_a_guide_leaves_is_done_by_who_would_have_done_it(has_prior, warmup, acts):
+    idle = lambda task: lambda observation, step, scheduled: None  # noqa: E731
+    _, trajectory, asked = guided_by(idle, "constant(1)", has_prior, warmup)
+    assert int(acts) in asked and trajectory.controller.tolist() == asked
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"), [(guides.wrong, "must give 2 finite numbers"), (guides.broken, "joystick is gone")]
+)
+def test_a_guide_that_fails_is_named_in_a_sentence(factory, says):
+    with pytest.raises(GsaError, match=says):
+        guided_by(factory, "constant(1)")
+
+
+def test_ten_crashes_in_a_row_end_the_worker_with_that_cause():
+    """Real processes: each crashes in its seventh step."""
+    w, _ = worker(leases(20), [counting()])
+    make = lambda: Isolated("gym/Crashes-v0", imports=("tests.gym_faulty",))  # noqa: E731
+    w.rollout = Rollout(make, 1, w.rollout.policy, GuidanceConfig("constant(0)"), False, seed=0)
+    with pytest.raises(GsaError, match=r"10 times in a row for one cause: .*SIGSEGV"):
+        w.run(lambda: False)
+    assert w.stats()["worker/faults"] == 9
+    w.close()
+
+
+def test_numbers_in_a_fault_make_it_no_other_cause():
+    count = iter(range(100))
+
+    def failing():
+        environment = counting()
+        environment.simulation.frame = lambda action: (_ for _ in ()).throw(RuntimeError(f"at {next(count)}.5 s"))
+        return environment
+
+    w, _ = worker(leases(20), [failing()], then=failing)
+    with pytest.raises(GsaError, match=r"at 9\.5 s"):
+        w.run(lambda: False)
