@@ -142,10 +142,10 @@ class RedisPublisher:
         self._link.close()
 
     def _send_if_missing(self, packed: Packed) -> None:
-        """Sends unless the head is this version already."""
+        """Sends what is new, and again what the server has lost."""
         if not self._claimed:
             self._claim()
-        head = self._link.head()
+        head = self._link.head() if packed is self._sent else None
         if head is None or head[:2] != (self.epoch, packed.version):
             started = time.monotonic()
             self._link.send(packed, self.epoch)
@@ -232,11 +232,12 @@ class RedisSubscriber(_Inbox):
         while not self._closed.is_set():
             try:
                 with self._link.notices() as notices:
+                    told = None
                     while not self._closed.is_set():
-                        self._fetch()
+                        self._fetch(told or self._link.head())
                         backoff.reset()
                         self.trouble = ""
-                        notices.get_message(timeout=POLL_S)
+                        told = self._link.told(notices, POLL_S)
             except (redis.RedisError, FormatError, OSError, MemoryError) as error:
                 self._meter.count("fetch_errors")
                 self.trouble = self._link.explain(error)
@@ -244,9 +245,8 @@ class RedisSubscriber(_Inbox):
         self._share.close()
         self._link.close()
 
-    def _fetch(self) -> None:
+    def _fetch(self, head: Head | None) -> None:
         """Puts the head's version into the inbox if it is new."""
-        head = self._link.head()
         if head is None or head[:2] <= self._order:
             return
         started = time.monotonic()

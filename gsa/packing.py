@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,12 @@ class Packed:
         """Bytes."""
         return sum(len(c) for c in self.chunks)
 
-    def manifest(self, epoch: int) -> bytes:
+    def manifest(self, epoch: int, checksums: Sequence[int] | None = None) -> bytes:
+        """`checksums`: of the chunks, where they are known already."""
+        crc32 = [zlib.crc32(c) for c in self.chunks] if checksums is None else list(checksums)
         return json.dumps({
             "format": FORMAT, "epoch": epoch, "version": self.version, "bytes": self.size, "chunk_bytes": CHUNK_BYTES,
-            "crc32": [zlib.crc32(c) for c in self.chunks], "tensors": self.entries, "meta": dict(self.meta),
+            "crc32": crc32, "tensors": self.entries, "meta": dict(self.meta),
         }).encode()  # fmt: skip
 
 
@@ -80,12 +84,19 @@ def receive(
     widened = _widened(data)
     narrow = widened["tensors"] != data["tensors"]
     whole, step = np.empty(data["bytes"], np.uint8) if narrow else room(data["bytes"]), data["chunk_bytes"]
-    for i, crc in enumerate(data["crc32"]):
-        part = memoryview(whole)[i * step : (i + 1) * step]
-        if (length := fetch(i, part)) is None:
-            return None
-        if length != len(part) or zlib.crc32(part) != crc:
-            raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
+    last = len(data["crc32"]) - 1
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:  # one is checked while the next one comes
+        checksums: list[Callable[[], int]] = []
+        for i in range(last + 1):
+            part = memoryview(whole)[i * step : (i + 1) * step]
+            if (length := fetch(i, part)) is None:
+                return None
+            if length != len(part):
+                raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
+            checksums.append(thread.submit(zlib.crc32, part).result if i < last else partial(zlib.crc32, part))
+        for i, (checksum, expected) in enumerate(zip(checksums, data["crc32"], strict=True)):
+            if checksum() != expected:
+                raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
     if narrow:
         _widen(whole, data["tensors"], room(widened["bytes"]), widened["tensors"])
     return json.dumps(widened).encode()

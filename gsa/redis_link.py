@@ -4,7 +4,7 @@ Under gsa:<run>:<group>:
 
     epoch                           the highest that a publisher has claimed
     head                            "<epoch> <version> <chunks>" of the newest whole version; set last, by a script
-    notice                          channel: a version has become the head
+    notice                          channel: the new head
     <epoch>:<version>:manifest      JSON: names, dtypes, shapes, offsets, checksums, meta
     <epoch>:<version>:<i>           chunk i, raw bytes
 
@@ -14,9 +14,12 @@ When the run is over, all of the group expire after GRACE_S.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +58,7 @@ for i = 3, #KEYS do if redis.call('EXISTS', KEYS[i]) == 0 then return 'incomplet
 for i = 3, #KEYS do redis.call('PERSIST', KEYS[i]) end
 redis.call('SET', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 3))
-redis.call('PUBLISH', ARGV[3], ARGV[2])
+redis.call('PUBLISH', ARGV[3], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 3))
 if head then
   local old = ARGV[4] .. ':' .. e .. ':' .. v .. ':'
   redis.call('EXPIRE', old .. 'manifest', ARGV[5])
@@ -121,9 +124,14 @@ class RedisLink:
 
     def send(self, packed: Packed, epoch: int) -> None:
         """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
-        keys = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
-        for key, value in zip(keys, (packed.manifest(epoch), *packed.chunks), strict=True):
-            self._redis.set(key, value, ex=UNFINISHED_S)  # type: ignore[arg-type]  # memoryview[int] in its stubs
+        manifest, *chunks = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
+        with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:  # computed while chunks are sent
+            checksums = [thread.submit(zlib.crc32, chunk) for chunk in packed.chunks[:-1]]
+            for key, value in zip(chunks, packed.chunks, strict=True):
+                self._redis.set(key, value, ex=UNFINISHED_S)
+            last = [zlib.crc32(chunk) for chunk in packed.chunks[-1:]]
+            described = packed.manifest(epoch, [c.result() for c in checksums] + last)
+        self._redis.set(manifest, described, ex=UNFINISHED_S)
         self.flip(head)
 
     def flip(self, head: Head) -> None:
@@ -145,6 +153,15 @@ class RedisLink:
         notices = self._redis.pubsub(ignore_subscribe_messages=True)
         notices.subscribe(self._notice)
         return notices
+
+    def told(self, notices: PubSub, timeout_s: float) -> Head | None:
+        """The newest head among the notices that come; None where none does in time, or none that makes sense."""
+        newest = None
+        while (message := notices.get_message(timeout=timeout_s)) is not None:
+            timeout_s = 0  # for the first; then what else is there
+            with contextlib.suppress(FormatError, TypeError):
+                newest = _parse(message["data"])
+        return newest
 
     def fenced(self, epoch: int) -> StaleError:
         return StaleError(f"Another learner has taken over {self.prefix} (epoch {epoch} is stale); stop this one.")

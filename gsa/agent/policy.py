@@ -65,7 +65,7 @@ class GuidedPolicy:
         for name, value in tensors.items():
             if value.dtype != np.float32:
                 raise SpecMismatch(f"Published weight '{name}' is {value.dtype}, float32 expected.")
-        storage.fill(self._nets, {k: torch.from_numpy(_writable(v)) for k, v in tensors.items()}, "The policy")
+        storage.fill_from_arrays(self._nets, tensors, "The policy")
         self._transition = rssm.Transition(self.cell)
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class GuidedPolicy:
         """Takes over the prior actor's weights, which are published once, apart. Raises SpecMismatch as above."""
         if self.prior is None:
             raise UsageError("This policy was made without a prior actor.")
-        storage.fill(self.prior, {k: torch.from_numpy(_writable(v)) for k, v in tensors.items()}, "The prior actor")
+        storage.fill_from_arrays(self.prior, tensors, "The prior actor")
 
     def begin(self, env: int) -> None:
         """A new episode in environment `env`: forgets its latent, previous action and frames."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -93,7 +94,17 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
             value.copy_(tensors[name])
 
 
-def _require_same(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+def fill_from_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """`fill` for a module on the CPU, from arrays that may be read-only: each value is copied once."""
+    own = module.state_dict()
+    _require_same(own, arrays, what)
+    for name, value in own.items():
+        np.copyto(value.numpy(), arrays[name])
+
+
+def _require_same(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | Mapping[str, np.ndarray], what: str
+) -> None:
     if different := sorted(own.keys() ^ tensors.keys()):
         side = "lacks" if different[0] in own else "has a foreign"
         raise SpecMismatch(f"{what} {side} '{different[0]}' ({len(different)} names differ): another architecture.")
