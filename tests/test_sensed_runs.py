@@ -10,6 +10,8 @@ from actors.environment import make
 from deploy import run as runs
 from deploy import stages
 from deploy.config import FinetuneConfig
+from gsa.agent.sizes import ObservationConfig, preset
+from gsa.agent.world_model import WorldModel
 from gsa.errors import SpecMismatch
 from gsa.metrics import read_log
 from gsa.schema import Trajectory
@@ -69,3 +71,30 @@ def test_a_task_that_lacks_what_the_model_sees_is_refused_before_anything_is_wri
     assert not (tmp_path / "run").exists()
     scratch = dataclasses.replace(config(tmp_path, "gym/Sensed-v0"), method="scratch", model="tiny")
     assert (runs.finetune(scratch) / "agent").exists()
+
+
+def test_a_pool_or_a_model_that_does_not_fit_the_task_is_one_sentence_with_both_sides(tmp_path):
+    task = "gym/Sensed-v0"
+    with make(task, imports=IMPORTS) as env:
+        spec = env.spec
+    seen = ObservationConfig.of(spec.observation)
+    sizes = preset("tiny").world_model
+    WorldModel.create(dataclasses.replace(sizes, observation=seen), 0).save(tmp_path / "model")
+    WorldModel.create(dataclasses.replace(sizes, observation=seen, max_action_dim=1), 0).save(tmp_path / "narrow")
+    camera = {"camera": spec.observation["camera"]}
+    for name, other in {
+        "blind": dataclasses.replace(spec, observation=camera), "wide": dataclasses.replace(spec, action_dim=3),
+    }.items():  # fmt: skip
+        with TrajectoryStore.create(tmp_path / name) as store:
+            store.add_spec(other)
+    for changes, says in (
+        ({"store": tmp_path / "blind"}, r"The world model sees camera .*joints \[2\] float; the store .*has camera"),
+        ({"store": tmp_path / "wide"}, r"The store .* and the task gym/Sensed-v0 do not fit: action_dim: 3 / 2"),
+        (
+            {"store": tmp_path / "wide", "world_model": tmp_path / "narrow"},
+            r"The world model takes at most 1 actions; the task gym/Sensed-v0 has 2",
+        ),
+    ):
+        with pytest.raises(SpecMismatch, match=says):
+            runs.finetune(dataclasses.replace(config(tmp_path, task), **changes))
+        assert not (tmp_path / "run").exists()
