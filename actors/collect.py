@@ -17,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +38,7 @@ from retrieval.ingest import write_npz
 RECORDS, REPORT, SPEC = "episodes.jsonl", "collect.json", "spec.json"
 EPOCH = datetime.datetime(2000, 1, 1)
 HISTOGRAM_BINS = 10
+EPISODE_S = 1800.0  # for one episode, the slowest planner included: what takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any] | str]:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
-            raise Unavailable("A collecting process died; run the same command again to continue.") from None
+            raise Unavailable("A collecting process died or hung; run the same command again to continue.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -215,8 +217,9 @@ def _work(job: Job) -> dict[str, Any] | str:
     """Collects and writes one episode. What the simulator does wrong is a value, all else an error."""
     source = sources.parse(job.source, job.imports)
     try:
-        environment, behaviour = _environment(source, job)
-        trajectory = run_episode(environment, behaviour, job.source, job.seeds)
+        with _ended_after(EPISODE_S):
+            environment, behaviour = _environment(source, job)
+            trajectory = run_episode(environment, behaviour, job.source, job.seeds)
     except EnvironmentFault as error:
         _release()  # a simulator that failed is not used again
         return f"{job.source} episode {job.episode}: {error}"
@@ -233,6 +236,18 @@ def _work(job: Job) -> dict[str, Any] | str:
         "return": trajectory.stats["return"], "score": trajectory.stats["score"],
         "success": trajectory.stats.get("success"), "with_reward": job.with_reward, "render": job.render,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Lets the kernel end a collecting process whose simulator hangs; nothing where collecting is in place."""
+    if multiprocessing.parent_process() is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if multiprocessing.parent_process() is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 _held: dict[tuple[Source, Profile], tuple[Environment, Behaviour]] = {}  # at most one

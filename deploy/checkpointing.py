@@ -19,6 +19,7 @@ from learner.checkpoint import Checkpoints, Restored
 
 FOLDER = "checkpoints"
 INPUTS = ("architecture.json", "rehearsal.json", "prior/*")  # what a run begins with and never changes
+WRITE_S = 900.0  # for a checkpoint to get to disk
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +60,9 @@ class RunCheckpoints:
     def flush(self) -> None:
         """Waits until what was saved is on disk."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(WRITE_S)
+            if self._thread.is_alive():
+                raise Unavailable(f"A checkpoint is not on disk after {WRITE_S:g} s: is the disk there?")
 
     def load(self) -> Restored | None:
         """The newest whole checkpoint. FormatError where the run's folder is no longer what it was saved with."""

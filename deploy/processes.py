@@ -23,6 +23,7 @@ from gsa import errors
 from gsa.errors import GsaError, Unavailable
 
 GRACE_S = 15.0  # for the others to end by themselves once one has failed
+KILLED_S = 10.0  # for a process that was killed to be gone
 PR_SET_PDEATHSIG = 1
 
 
@@ -48,7 +49,7 @@ def launch(target: Callable[..., None], arguments: tuple[Any, ...], processes: i
             for rank in ranks:
                 if rank.pid is not None:
                     rank.kill()
-                    rank.join()
+                    rank.join(KILLED_S)
     if causes:  # one that was left alone by another is not to blame
         raise min(causes, key=lambda error: isinstance(error, Unavailable))
 

@@ -26,6 +26,7 @@ from redis.retry import Retry
 from gsa.errors import Unavailable, UsageError
 
 START_TIMEOUT_S = 10.0
+KILLED_S = 10.0  # for a process that was killed to be gone
 PORT_ATTEMPTS = 5
 PR_SET_PDEATHSIG = 1
 RESTART_S = (0.1, 5.0)  # between attempts to start it again: doubled from the first up to the second
@@ -77,7 +78,7 @@ class EmbeddedRedis:
                 self._process.wait(5)
             except subprocess.TimeoutExpired:  # stopped by a debugger, or stuck
                 self._process.kill()
-                self._process.wait()
+                self._process.wait(KILLED_S)
 
     def __enter__(self) -> EmbeddedRedis:
         return self
@@ -101,7 +102,7 @@ class EmbeddedRedis:
             if self._answers():
                 return True
             self._process.kill()
-            self._process.wait()
+            self._process.wait(KILLED_S)
             self._process = None
             log.seek(0)
             said = " ".join(log.read().decode(errors="replace").split())
@@ -192,7 +193,8 @@ def _start_bound(
         ended(process)
 
     threading.Thread(target=run, name="redis-owner", daemon=True).start()
-    started.wait()
+    if not started.wait(START_TIMEOUT_S):
+        raise Unavailable(f"{command[0]} was not started within {START_TIMEOUT_S:g} s.")
     if isinstance(result[0], OSError):
         raise UsageError(f"Cannot start {command[0]}: {result[0].strerror}.")
     return result[0]

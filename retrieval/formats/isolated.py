@@ -34,6 +34,7 @@ from retrieval.layout import arrays_of
 
 ADDRESS_SPACE = 6 << 30  # bytes of a child, its libraries among them
 PATIENCE_S = 300.0  # without a byte from the child
+KILLED_S = 10.0  # for a process that was killed to be gone
 MAX_HEADER = 1 << 24
 
 
@@ -141,7 +142,7 @@ class _Child:
     def close(self) -> None:
         self.alive = False
         self._process.kill()
-        self._process.wait()
+        self._process.wait(KILLED_S)
         self._in.close()
         self._out.close()
 
@@ -177,7 +178,7 @@ class _Child:
     def _death(self, how: str = "") -> _Died:
         if how:
             self._process.kill()
-        code = self._process.wait()
+        code = self._process.wait(KILLED_S)
         self.close()
         return _Died(how or (f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"))
 
