@@ -191,15 +191,19 @@ def _require_redis(url: str | None) -> None:
     import redis
 
     from deploy.redis_server import find_binary
+    from gsa.redis_link import RedisLink
 
     if url is None:
         find_binary()
         return
+    link = RedisLink(url, "check", "check")
     try:
-        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
-            client.ping()
-    except (redis.RedisError, ValueError) as error:
+        link.check_subscriber()
+    except redis.RedisError as error:
+        link.raise_if_refused(error)
         raise UsageError(f"The Redis server of --redis-url does not answer: {str(error).rstrip('.')}.") from None
+    finally:
+        link.close()
 
 
 def _require_first_frame(env: Host) -> None:

@@ -1,6 +1,7 @@
 """What can be wrong with the server, and what we then say: memory, rights, TLS, a server that stops answering."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -8,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from gsa.errors import UsageError
 from gsa.schema import WeightSnapshot
 from tests.broadcasting import SOON_S, assert_whole, closing, eventually, snapshot
 
+DOCUMENTED = re.search(r"ACL SETUSER gsa on >PASSWORD (.*)", Path("docs/deploy.md").read_text())[1]
 LEARNER = "+get +set +expire +persist +exists +publish +eval +evalsha +script|load ~gsa:* &gsa:*"
 WORKER = "+get +subscribe %R~gsa:* &gsa:*"
 
@@ -56,8 +59,9 @@ def user(server, name, rights):
     return f"redis://{name}:secret@127.0.0.1:{server.port}/0"
 
 
-def test_the_rights_that_the_documentation_names_are_enough(server, run):
-    learner, worker = user(server, "learner", LEARNER), user(server, "worker", WORKER)
+@pytest.mark.parametrize("rights", [(DOCUMENTED, DOCUMENTED), (LEARNER, WORKER)])
+def test_the_rights_that_the_documentation_names_are_enough(server, run, rights):
+    learner, worker = (user(server, f"{name}-{run}", rule) for name, rule in zip("lw", rights, strict=True))
     with closing(RedisPublisher(learner, run), RedisSubscriber(worker, run)) as (publisher, subscriber):
         for version in (1, 2):
             publisher.publish(snapshot(version))
