@@ -16,6 +16,7 @@ from rich.table import Table
 from actors.hosting import Host
 from deploy import models, parts, rehearsal, stages
 from deploy.config import FinetuneConfig
+from deploy.forecast import forecast
 from deploy.processes import stop_on
 from deploy.progress import bar, console
 from gsa import config as configs
@@ -93,6 +94,7 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
                 size.world_model, max_action_dim=config.max_action_dim,
                 observation=ObservationConfig.of(env.spec.observation),
             )  # fmt: skip
+            forecast(config, architecture, config.model, env.spec, env.task.episode_steps).say()
             launch()
             _begin(config, run, architecture, config.model, env.spec.action_dim)
             return run
@@ -103,6 +105,7 @@ def prepare(config: FinetuneConfig, launch: Callable[[], None], resume: bool = F
         if config.rehearses:
             stages.require_embodiment(store, env, model)
         size_name = stages.size_of(model)
+        forecast(config, model.config, size_name, env.spec, env.task.episode_steps).say()
         launch()
         _begin(config, run, model.config, size_name, env.spec.action_dim)
         done = stages_done(run)

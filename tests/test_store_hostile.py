@@ -111,7 +111,7 @@ def test_any_absurd_value_anywhere_in_a_line_of_the_log(tmp_path: Path) -> None:
             log.write_bytes(lines[0] + b"%08x %s\n" % (zlib.crc32(text), text) + lines[2])
             look(tmp_path / "s")
     with log.open("wb") as file:
-        file.truncate(1 << 30)  # no line ever ends
+        file.truncate(200 << 20)  # no line ever ends
     look(tmp_path / "s")
 
 

@@ -1,0 +1,101 @@
+"""What a run will need of the disk and of memory, said before it starts and before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.models import TRAINED_BYTES, networks, parameters
+from deploy.progress import console
+from gsa.agent.sizes import preset
+from gsa.errors import UsageError
+from retrieval.layout import Layout
+
+if TYPE_CHECKING:
+    from deploy.config import FinetuneConfig
+    from gsa.agent.sizes import WorldModelConfig
+    from gsa.schema import Spec
+
+SAVED_BYTES = 12  # of a parameter in a checkpoint: its value and Adam's two moments
+WEIGHT_BYTES = 4
+PROCESS_BYTES = 300 << 20  # of anonymous memory in a process with torch, a simulator and Ray, before any network
+RECORD_BYTES = 2048  # of an episode beside its arrays: headers, its line in the catalog
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes. Memory is without the activations of an update, which depend on the device."""
+
+    online: int  # the store of what is collected
+    checkpoints: int
+    free: int  # on the disk of the run's folder
+    learner: int  # memory: weights, gradients, optimiser, batches
+    workers: int  # memory: all of them and their environments
+    available: int | None  # memory of this machine; None where it is not known
+
+    @property
+    def disk(self) -> int:
+        return self.online + self.checkpoints
+
+    @property
+    def memory(self) -> int:
+        return self.learner + self.workers
+
+    def say(self) -> None:
+        """Prints it. UsageError if the disk has no room; a warning if memory is short."""
+        disk = f"{_gb(self.disk)} of disk ({_gb(self.online)} episodes, {_gb(self.checkpoints)} checkpoints)"
+        memory = f"{_gb(self.memory)} of memory ({_gb(self.learner)} learner, {_gb(self.workers)} other processes)"
+        console.print(f"The run needs at most about {disk}; {_gb(self.free)} are free.", soft_wrap=True)
+        console.print(f"It needs at least about {memory}; activations come on top.", soft_wrap=True)
+        if self.disk > self.free:
+            raise UsageError(
+                f"The run needs about {_gb(self.disk)} of disk and {_gb(self.free)} are free: make room, choose "
+                "another --out, or lower --budget-frames."
+            )
+        if self.available is not None and self.memory > self.available:
+            console.print(
+                f"Warning: {_gb(self.available)} of memory are available here. Fewer --workers or --envs need less.",
+                soft_wrap=True,
+            )
+
+
+def forecast(config: FinetuneConfig, model: WorldModelConfig, size: str, spec: Spec, episode_steps: int) -> Forecast:
+    """Of a run with a world model `model` of the named size on a task with that spec."""
+    world_model, behaviour, prior = networks(replace(preset(size), world_model=model), spec.action_dim)
+    trained = parameters(world_model) + parameters(behaviour)
+    acting = trained + (parameters(prior) if config.guides else 0)
+    steps = config.budget_frames // spec.action_repeat
+    episodes = -(-steps // episode_steps)
+    step_bytes = sum(column.step_bytes for column in Layout.of(spec).columns)
+    kept = config.keep_checkpoints + 2  # that of the best evaluation, and the one being written
+    batches = 4 * config.batch * config.length * step_bytes
+    processes = 0 if config.local else 2 + config.workers * (1 + config.envs)  # driver and replay service
+    return Forecast(
+        online=(steps + episodes) * step_bytes + episodes * RECORD_BYTES,
+        checkpoints=kept * SAVED_BYTES * trained,
+        free=shutil.disk_usage(existing(config.out or Path())).free,
+        learner=PROCESS_BYTES + TRAINED_BYTES * trained + batches,
+        workers=processes * PROCESS_BYTES + config.workers * WEIGHT_BYTES * acting,
+        available=available_memory(),
+    )
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.resolve()
+    return path if path.exists() else existing(path.parent)
+
+
+def available_memory() -> int | None:
+    """Bytes that processes of this machine can still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
