@@ -6,12 +6,15 @@ import contextlib
 import fcntl
 import io
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gsa.errors import UsageError
+
+TRIES, RETRY_S = 5, 0.02  # to take a writer's lock
 
 
 class WholeFile(io.FileIO):
@@ -60,9 +63,7 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / "writer.lock").open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._taken():
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
@@ -70,6 +71,16 @@ class WriterLock:
         self._file.truncate(0)
         self._file.write(f"Process {os.getpid()} on {os.uname().nodename}")
         self._file.flush()
+
+    def _taken(self) -> bool:
+        """Tries more than once: `is_locked` of a reader holds the lock for an instant."""
+        for attempt in range(TRIES):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(RETRY_S if attempt + 1 < TRIES else 0)
+        return False
 
     def release(self) -> None:
         self._file.close()

@@ -244,3 +244,34 @@ def test_refuses_what_does_not_fit(stores, tmp_path):
     state = Spec("toy/c", {"state": ArraySpec((3,), "float32")}, 2)
     with pytest.raises(SpecMismatch, match="common to all embodiments: toy/a has pixels; toy/c has state"):
         shared_observation([SPECS[0], state], ACTION_DIM)
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+def test_several_cameras_of_any_size_and_vectors_are_cut_alike(tmp_path, codec):
+    """Two robots that share two cameras and a vector, and have others of their own; images larger than a chunk."""
+    shared = {"front": ArraySpec((200, 400, 3), "uint8"), "wrist": ArraySpec((8, 6, 1), "uint8"),
+              "joints": ArraySpec((3,), "float32")}  # fmt: skip
+    specs = [
+        Spec("lab/one", shared | {"depth": ArraySpec((16, 16, 1), "uint8")}, 2),
+        Spec("lab/two", shared | {"force": ArraySpec((6,), "float32")}, 5),
+    ]
+    rng, stored = np.random.default_rng(0), []
+    with TrajectoryStore.create(tmp_path / "s", codec) as store:
+        for i in range(4):
+            spec, steps = specs[i % 2], 9 + i
+            observation = {
+                k: rng.integers(0, 256, (steps + 1, *v.shape)).astype(v.dtype) for k, v in spec.observation.items()
+            }
+            action = rng.uniform(-1, 1, (steps, spec.action_dim)).astype(np.float32)
+            stored.append(Trajectory(spec.embodiment, observation, action, np.ones(steps, np.float32)))
+            store.append(stored[-1], spec)
+        refs = [SequenceRef("pool", i, i, i + 6) for i in range(4)]
+        batch = cut({"pool": store}, refs, 6, 7)
+        assert set(batch.observation) == set(shared)
+        for b, ref in enumerate(refs):
+            t = stored[ref.trajectory]
+            for name in shared:
+                np.testing.assert_array_equal(batch.observation[name][b], t.observation[name][ref.start : ref.stop])
+            dim = t.action.shape[1]
+            np.testing.assert_array_equal(batch.previous_action[b, 1:, :dim], t.action[ref.start : ref.stop - 1])
+            assert not batch.previous_action[b, :, dim:].any()

@@ -252,6 +252,42 @@ def test_a_reader_sees_what_another_process_appends_once_it_refreshes(tmp_path: 
         assert reader.recovery == []
 
 
+READER = """
+import sys
+from retrieval.store import TrajectoryStore
+with TrajectoryStore.open(sys.argv[1]) as store:
+    print(len(store), flush=True)
+    while len(store) < int(sys.argv[2]):
+        for row in range(len(store), len(store) + store.refresh()):
+            pixels = store.slice(row, 0, 5)["pixels"]
+            assert pixels[0, 0, 0, 1] == row and (pixels[3, 1] == 3).all(), row
+    assert store.verify() == []
+    assert store.recovery == []
+print("ok", flush=True)
+"""
+
+
+def test_processes_read_while_one_writes_finishes_shards_and_makes_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writer, "SNAPSHOT_ROWS", 5)
+    spec, rows = counting_spec(), 200
+    with TrajectoryStore.create(tmp_path / "s") as store:
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", READER, tmp_path / "s", str(rows)], stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(3)
+        ]
+        for reader in readers:
+            assert reader.stdout is not None
+            reader.stdout.readline()  # all are reading
+        for i in range(rows):
+            store.append(counting(i, 20, spec), spec)
+        assert [reader.communicate()[0] for reader in readers] == ["ok\n"] * 3
+
+
 def test_a_batch_is_seen_at_its_end_and_not_before(tmp_path: Path) -> None:
     spec = counting_spec()
     with TrajectoryStore.create(tmp_path / "s") as store, TrajectoryStore.open(tmp_path / "s") as reader:
