@@ -5,10 +5,16 @@ import re
 import pytest
 import torch
 
+from actors.environment import make
+from deploy import run as runs
 from deploy.cli import main
+from deploy.config import FinetuneConfig
+from gsa import config as configs
 from gsa.agent import released
 from gsa.agent.world_model import WorldModel
 from gsa.errors import Unavailable
+from learner.config import ComputeConfig, LearnerConfig
+from retrieval.store import TrajectoryStore
 from tests import reference
 from tests.agents import MODEL
 
@@ -79,3 +85,21 @@ def test_an_unwritable_place_says_what_to_do(weights, tmp_path):
     (tmp_path / "blocked").write_text("a file where a folder should be")
     with pytest.raises(Unavailable, match="Not a directory; give an --out"):
         released.convert(weights, tmp_path / "blocked" / "model")
+
+
+def test_a_run_starts_from_a_released_file_and_keeps_the_folder_it_became(weights, tmp_path):
+    imports = ("tests.gym_counting",)
+    task = "gym/Counting-v0"
+    with TrajectoryStore.create(tmp_path / "pool") as store, make(task, imports=imports) as env:
+        store.add_spec(env.spec)
+    config = FinetuneConfig(
+        task=task, imports=imports, store=tmp_path / "pool", world_model=weights, out=tmp_path / "run",
+        method="naive", local=True, budget_frames=80, warmup_frames=40, warmup_episodes=1, batch=4, length=8,
+        train_ratio=2.0, eval_every_frames=1000, final_episodes=1, imagination_starts=8,
+        learner=LearnerConfig(compute=ComputeConfig("cpu", threads=1)),
+    )  # fmt: skip
+    run = runs.finetune(config)
+    assert configs.load(FinetuneConfig, run / "config.yaml").world_model == tmp_path / "dmcontrol"
+    before, after = WorldModel.load(tmp_path / "dmcontrol"), WorldModel.load(run / "agent")
+    assert after.architecture_hash() == before.architecture_hash()
+    assert not torch.equal(after.encoder.first.weight, before.encoder.first.weight)
