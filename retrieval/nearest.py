@@ -12,7 +12,7 @@ from gsa.errors import FormatError, UsageError
 from gsa.metrics import Progress
 
 CACHE_BYTES = 1 << 20  # of features compared with all queries while they are in the processor's cache
-REFINED_ROWS = 4096  # rows whose distances are computed in float64 at a time
+REFINED_ROWS = 64  # rows whose distances are computed in float64 at a time
 PER_LIST = 39  # rows that Faiss wants to train each list of an IVF with
 Kind = Literal["ivf", "hnsw"]
 
@@ -58,9 +58,11 @@ def _squared(queries: np.ndarray, features: np.ndarray) -> np.ndarray:
 def _refined(queries: np.ndarray, features: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of some rows, by float64."""
     exact = np.empty(len(rows))
+    wide = queries.astype(np.float64)
     for start in range(0, len(rows), REFINED_ROWS):
-        near = features[rows[start : start + REFINED_ROWS]].astype(np.float64)
-        squared = [((near - query) ** 2).sum(1) for query in queries.astype(np.float64)]
+        near = features[rows[start : start + REFINED_ROWS]]
+        apart = (near - query for query in wide)
+        squared = [np.einsum("ij,ij->i", difference, difference) for difference in apart]
         exact[start : start + REFINED_ROWS] = np.sqrt(np.min(squared, axis=0))
     order = np.lexsort((rows, exact))[:k]
     return rows[order], exact[order]
@@ -104,10 +106,10 @@ class Approximate:
         rows = np.sort(np.random.default_rng(seed).permutation(n)[: max(PER_LIST * lists, 1024)])
         if self.kind == "hnsw":
             index: Any = faiss.index_factory(dim, "HNSW32_SQ8")
-            index.hnsw.efConstruction = 80
+            index.hnsw.efConstruction = 40
         else:
             index = faiss.index_factory(dim, f"IVF{lists},SQ8")
-            index.cp.seed, index.cp.niter, index.nprobe = seed + 1, 8, max(1, lists // 10)
+            index.cp.seed, index.cp.niter, index.nprobe = seed + 1, 8, max(1, lists // 5)
         index.train(self.features[rows])
         return index
 
