@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,9 @@ from retrieval.store import TrajectoryStore
 __all__ = ["IngestReport", "Options", "Plan", "forecast", "ingest", "open_source", "plan", "run", "write_npz"]
 
 LOG = "ingested.jsonl"  # in the store: a line an ingestion, with how actions were scaled
+Decoded = tuple[Entry, Future[Loaded]]
 AHEAD_BYTES = 1 << 29  # of episodes decoded and not yet written
+COMMIT_S = 5.0  # what a kill can cost
 SPARE = 1.02  # of the forecast: headers and catalog
 
 
@@ -85,15 +87,14 @@ def forecast(source: str | Path, format: str = "auto", options: Options | None =
 
 def plan(source: Source, store: TrajectoryStore | None, progress: Progress | None = None) -> Plan:
     """Looks at every episode of the source, without reading it, and which of them the store has."""
-    found, seen = Plan(source), set[str]()
+    found = Plan(source)
     for index in range(len(source)):
         try:
             entry = source.entry(index)
-            if entry.id in seen or (store is not None and store.find(entry.id) is not None):
+            if store is not None and store.find(entry.id) is not None:
                 found.known += 1
             else:
                 found.entries.append((index, entry))
-            seen.add(entry.id)
         except FormatError as error:
             found.failed.append((source.name(index), str(error)))
         if progress is not None:
@@ -107,29 +108,48 @@ def run(
     """Carries the plan out; `origin` is what the store's log calls the source. Errors as `ingest`."""
     planned.require_room(store)
     report = IngestReport(skipped_known=planned.known, failed=list(planned.failed))
-    scales, before = Scales(store.path), planned.known + len(planned.failed)
-    total = before + len(planned.entries)
+    scales, done = Scales(store.path), planned.known + len(planned.failed)
+    total, episodes, added = done + len(planned.entries), _decoded(planned, jobs), set[str]()
     try:
-        with store.batch():
-            for done, (entry, future) in enumerate(_decoded(planned, jobs), before + 1):
-                try:
-                    _add(future.result(), store, report, scales)
-                except (FormatError, SpecMismatch) as error:
-                    report.failed.append((entry.name, str(error)))
-                if progress is not None:
-                    numbers = {"added": report.added, "failed": len(report.failed), "steps": report.steps}
-                    progress(done, total, numbers)
+        while done < total:
+            with store.batch():
+                for entry, future in _for_a_while(episodes):
+                    try:
+                        if entry.id in added:  # the same episode twice in one source
+                            report.skipped_known += 1
+                        else:
+                            _add(future.result(), store, report, scales)
+                            added.add(entry.id)
+                    except (FormatError, SpecMismatch) as error:
+                        report.failed.append((entry.name, str(error)))
+                    done += 1
+                    _tell(progress, done, total, report)
     finally:
+        episodes.close()
         scales.log(origin, report)
-    if progress is not None and not planned.entries:
-        progress(total, total, {"added": 0, "failed": len(report.failed)})
+    if not planned.entries:
+        _tell(progress, done, total, report)
     return report
 
 
-def _decoded(planned: Plan, jobs: int) -> Iterator[tuple[Entry, Future[Loaded]]]:
+def _tell(progress: Progress | None, done: int, total: int, report: IngestReport) -> None:
+    if progress is not None:
+        progress(done, total, {"added": report.added, "failed": len(report.failed), "steps": report.steps})
+
+
+def _for_a_while(episodes: Iterator[Decoded]) -> Iterator[Decoded]:
+    """What comes within COMMIT_S, and the one after."""
+    until = time.monotonic() + COMMIT_S
+    for episode in episodes:
+        yield episode
+        if time.monotonic() > until:
+            return
+
+
+def _decoded(planned: Plan, jobs: int) -> Generator[Decoded, None, None]:
     """The episodes in their order, some of them being decoded ahead in threads."""
     jobs = jobs or min(4, os.cpu_count() or 1)
-    pool, ahead, waiting = ThreadPoolExecutor(jobs), deque[tuple[Entry, Future[Loaded]]](), deque(planned.entries)
+    pool, ahead, waiting = ThreadPoolExecutor(jobs), deque[Decoded](), deque(planned.entries)
     try:
         while waiting or ahead:
             while waiting and len(ahead) <= jobs and _fits(ahead, waiting[0][1]):
@@ -140,7 +160,7 @@ def _decoded(planned: Plan, jobs: int) -> Iterator[tuple[Entry, Future[Loaded]]]
         pool.shutdown(cancel_futures=True)
 
 
-def _fits(ahead: Sequence[tuple[Entry, Future[Loaded]]], entry: Entry) -> bool:
+def _fits(ahead: Sequence[Decoded], entry: Entry) -> bool:
     return not ahead or sum(e.bytes for e, _ in ahead) + entry.bytes <= AHEAD_BYTES
 
 

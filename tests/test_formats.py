@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from gsa.schema import ArraySpec
 from retrieval.ingest import Options, ingest
 from retrieval.store import TrajectoryStore
 from tests.datasets import Play, assert_aligned, play, write_lerobot, write_minari, write_robomimic
+from tests.test_ingest import record, save
 
 PLAYS = [play(seed, steps) for seed, steps in ((1, 8), (2, 5), (3, 9))]
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -125,3 +129,80 @@ def test_an_unknown_observation_is_named(tmp_path: Path, store: TrajectoryStore)
     write_lerobot(tmp_path / "lab", PLAYS)
     with pytest.raises(UsageError, match=r"'observation.images.tip'. Did you mean observation.images.top"):
         ingest(tmp_path / "lab", store, options=Options(("pixels=observation.images.tip",)))
+
+
+def test_exorl_by_its_folders(tmp_path: Path, store: TrajectoryStore) -> None:
+    arrays = record()
+    arrays["observation"] = np.arange((len(arrays["action"])) * 24, dtype=np.float64).reshape(-1, 24)
+    save(tmp_path / "walker" / "proto" / "buffer", "episode_000000_9.npz", **arrays)
+    assert ingest(tmp_path / "walker", store).failed == []
+    found = store.read(0)
+    assert (found.embodiment, found.source, store.spec(0).action_repeat) == ("dmc/walker", "exorl/walker/proto", 1)
+    np.testing.assert_array_equal(found.observation["state"], arrays["observation"])
+    np.testing.assert_array_equal(found.action, arrays["action"][1:])
+
+
+def test_an_ingestion_that_was_killed_goes_on_within_a_large_file(tmp_path: Path) -> None:
+    plays = [play(seed, 6) for seed in range(1, 13)]
+    write_robomimic(tmp_path / "many.hdf5", plays)
+    code = (
+        "import sys\nfrom retrieval.ingest import ingest\nfrom retrieval import ingest as module\n"
+        "from retrieval.store import TrajectoryStore\nmodule.COMMIT_S = 0\n"
+        f"with TrajectoryStore.create({str(tmp_path / 'pool')!r}) as store:\n"
+        f"    ingest({str(tmp_path / 'many.hdf5')!r}, store, progress=lambda *a: print(a[0], flush=True))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 5:
+                process.kill()
+                break
+    with TrajectoryStore.open(tmp_path / "pool", write=True) as store:
+        had = len(store)
+        assert 4 <= had < 12
+        report = ingest(tmp_path / "many.hdf5", store)
+        assert (report.skipped_known, report.added, report.failed) == (had, 12 - had, [])
+        assert_all(store, plays)
+        assert store.verify() == []
+
+
+def test_parallel_decoding_changes_nothing(tmp_path: Path) -> None:
+    write_robomimic(tmp_path / "many.hdf5", PLAYS)
+    crcs = []
+    for jobs in (1, 3):
+        with TrajectoryStore.create(tmp_path / f"pool-{jobs}") as store:
+            ingest(tmp_path / "many.hdf5", store, jobs=jobs)
+            crcs.append((store.catalog.crc.tolist(), [store.catalog.id(row) for row in range(3)]))
+    assert crcs[0] == crcs[1]
+
+
+def test_a_grown_dataset_adds_what_is_new(tmp_path: Path, store: TrajectoryStore) -> None:
+    write_lerobot(tmp_path / "a" / "lab", PLAYS[:2])
+    write_lerobot(tmp_path / "b" / "lab", PLAYS)
+    assert ingest(tmp_path / "a" / "lab", store).added == 2
+    report = ingest(tmp_path / "b" / "lab", store)
+    assert (report.skipped_known, report.added) == (2, 1)
+
+
+def test_a_robots_actions_are_scaled_from_the_same_bounds_for_good(tmp_path: Path, store: TrajectoryStore) -> None:
+    write_lerobot(tmp_path / "a", PLAYS[:2], scale=30)
+    write_lerobot(tmp_path / "b", PLAYS[1:], scale=30)
+    ingest(tmp_path / "a", store)
+    half = Options(action_low=(-60,), action_high=(60,))
+    with pytest.raises(UsageError, match=r"scaled from \[-30, -30\] to \[30, 30\].*would be.*\[-60\] to \[60\]"):
+        ingest(tmp_path / "b", store, options=half)
+    with TrajectoryStore.create(tmp_path / "other") as other:
+        ingest(tmp_path / "b", other, options=half)
+        np.testing.assert_allclose(other.read(0).action, PLAYS[1].action / 2, atol=1e-6)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_robomimic(tmp_path / "a.hdf5", PLAYS)
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UsageError, match=r"needs about 0.0 GB.*0.0 GB free: make room"):
+        ingest(tmp_path / "a.hdf5", store)
+    assert len(store) == 0
+    assert ingest(tmp_path / "a.hdf5", store, options=Options(resize=8)).added == 3

@@ -38,7 +38,10 @@ class Feature:
         if self.dtype in ("video", "image"):
             size = image_size(self.shape)
             return Kind(size) if size else None
-        return kind_of(self.shape or (1,), self.dtype) if self.dtype not in ("string", "language") else None
+        try:
+            return kind_of(self.shape or (1,), self.dtype)
+        except TypeError:  # a text, or a dtype that numpy does not know
+            return None
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,12 @@ def features(info: Mapping[str, Any]) -> dict[str, Feature]:
 
 
 def is_observation(feature: Feature) -> bool:
-    later = feature.key.startswith(("action", "next.", "complementary_info", "annotation"))
-    try:
-        return feature.key not in BOOKKEEPING and not later and feature.kind is not None
-    except TypeError:  # a dtype that numpy does not know
+    """Whether it is something seen, rather than done, said or counted."""
+    if feature.key in BOOKKEEPING or feature.key.startswith(("action", "next.", "complementary_info", "annotation")):
         return False
+    if feature.dtype in ("video", "image") and feature.kind is None:
+        raise FormatError(f"The camera {feature.key} is {list(feature.shape)}; images of up to 4096 a side can be.")
+    return feature.kind is not None
 
 
 def episodes(path: Path, cameras: Sequence[str]) -> list[Episode]:

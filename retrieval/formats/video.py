@@ -28,9 +28,9 @@ def _at(path: Path, times: Sequence[float], tolerance_s: float) -> Iterator[np.n
     av, wanted = need("av", "lerobot"), 0
     try:
         with av.open(str(path), format="mp4", options={"enable_drefs": "0", "use_absolute_path": "0"}) as container:
-            if not container.streams.video:
-                raise FormatError(f"{path.name} has no video.")
-            stream = container.streams.video[0]
+            stream = container.streams.video[0] if container.streams.video else None
+            if stream is None or stream.codec_context is None:
+                raise FormatError(f"{path.name} has no video, or one of an unknown codec.")
             if not 0 < max(stream.width, stream.height) <= MAX_SIDE:
                 raise FormatError(f"{path.name} is {stream.width} × {stream.height}; {MAX_SIDE} a side at most.")
             stream.thread_type = "NONE" if len(times) < 2 else "SLICE"
