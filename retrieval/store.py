@@ -30,7 +30,7 @@ from retrieval.layout import Layout, has_column
 from retrieval.manifest import Manifest
 from retrieval.writer import Writer
 
-MAX_MAPS = 256  # shards mapped at a time: each holds a file descriptor
+MAX_MAPS = 512  # shards mapped at a time: each holds a file descriptor, of which 1024 are usual
 
 
 class TrajectoryStore:

@@ -19,7 +19,7 @@ from retrieval.manifest import Manifest
 from retrieval.recovery import SNAPSHOT, shard_numbers, shard_path
 from retrieval.shard import ShardWriter
 
-SHARD_BYTES = 1 << 30  # a shard is finished once it is this long
+SHARD_BYTES = 4 << 30  # a shard is finished once it is this long: large, as readers map only so many at a time
 GROUP_BYTES = 1 << 28  # pending trajectories are committed once they are this much
 SNAPSHOT_ROWS, MAX_SNAPSHOT_ROWS = 4096, 65536  # rows that the log may be ahead of the snapshot
 PLACE = {"shard", "stored_crc", "start", "end", "offsets"}  # what a record says about where, rather than what
