@@ -13,11 +13,12 @@ import pytest
 import ray
 
 from actors.guidance import GuidanceConfig
+from actors.hosting import InProcess
 from actors.rollout import Rollout
 from actors.worker import EnvWorker
 from deploy import ray_links
 from deploy.ray_actors import ReplayActor
-from gsa.schema import ArraySpec, Spec, WeightSnapshot
+from gsa.schema import ArraySpec, Spec, Trajectory, WeightSnapshot
 from replay_service.config import ReplayConfig
 from replay_service.service import ReplayService
 from retrieval.store import TrajectoryStore
@@ -78,8 +79,8 @@ class FirstWeights:
 
 
 def worker(replay) -> EnvWorker:
-    rollout = Rollout([counting()], ActsByStep(), GuidanceConfig("constant(0)"), False, seed=3, run="test")
-    return EnvWorker("w", rollout, replay, FirstWeights(), None, counting)
+    rollout = Rollout(lambda: InProcess(counting), 1, ActsByStep(), GuidanceConfig("constant(0)"), False, 3, "test")
+    return EnvWorker("w", rollout, replay, FirstWeights(), None)
 
 
 def check(batch) -> None:
@@ -180,6 +181,34 @@ def test_over_ray(folder, ray_here, beside, monkeypatch):
         ray.kill(actor)
     assert len(seen) == UPDATES
     assert {ref.trajectory for refs in seen for ref in refs if ref.store == "online"} == set(range(EPISODES))
+
+
+def test_a_worker_waits_when_four_episodes_are_on_their_way(folder, ray_here):
+    """The service is paused: a worker holds back instead of piling up episodes, and goes on with it."""
+    actor = started(folder)
+    pid, link = ray.get(actor.pid.remote()), ray_links.RayReplayLink(actor, "w")
+    with counting() as env:
+        spec = env.spec
+    trajectory = one_episode(spec)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        adding = threading.Thread(target=lambda: [link.add("w", i, trajectory) for i in range(6)])
+        adding.start()
+        adding.join(2)
+        assert adding.is_alive()
+        assert len(link._deliveries) == ray_links.IN_FLIGHT
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    adding.join(SOON_S)
+    assert not adding.is_alive()
+    assert link.flush(SOON_S)
+    ray.kill(actor)
+
+
+def one_episode(spec):
+    pixels = np.zeros((STEPS + 1, 64, 64, 3), np.uint8)
+    action, ones = np.zeros((STEPS, spec.action_dim), np.float32), np.ones(STEPS, np.float32)
+    return Trajectory(spec.embodiment, {"pixels": pixels}, action, ones, ones)
 
 
 def test_the_service_is_killed_amid_draws_and_deliveries(folder, ray_here):
