@@ -200,13 +200,15 @@ def test_a_loaded_policy_takes_the_whole_dict_and_names_both_sides_where_it_cann
     policy, rng = gsa.load_policy(tmp_path), np.random.default_rng(0)
     seen = observation(rng)
     action = policy.act(seen | {"unheard of": np.zeros(3)})
-    again = gsa.load_policy(tmp_path).act({k: v.astype(np.float64) if k == "joints" else v for k, v in seen.items()})
+    again = gsa.load_policy(tmp_path).act({k: v.tolist() if k == "joints" else v for k, v in seen.items()})
     np.testing.assert_array_equal(action, again)
     without = {k: v for k, v in seen.items() if k != "wrist"}
     for wrong in (without, seen | {"wrist": np.zeros((48, 64, 3), np.uint8)}, seen["front"]):
         with pytest.raises(SpecMismatch, match=r"The policy sees front .*wrist .*joints .*; the observation has front"):
             policy.act(wrong)
-    with pytest.raises(SpecMismatch, match=r"joints \[1, 4\] float32: 'joints' does not fit"):
+    with pytest.raises(UsageError, match="'grip' has NaN"):
+        policy.act(seen | {"grip": [np.nan]})
+    with pytest.raises(SpecMismatch, match=r"joints \[4\] float32: 'joints' does not fit"):
         policy.act(seen | {"joints": np.zeros(4, np.float32)})
 
 

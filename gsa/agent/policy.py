@@ -178,13 +178,20 @@ class Policy:
     def act(self, observation: Mapping[str, np.ndarray] | np.ndarray, sample: bool = False) -> np.ndarray:
         """float32 [A] in [-1, 1] for what the world model sees: name → uint8 [64, 64, 3] or floats [V].
 
-        An image alone will do where it sees nothing else. Raises SpecMismatch, naming both sides.
+        An image alone will do where it sees nothing else. Raises SpecMismatch, naming both sides, and UsageError for
+        NaN; the latent is then as it was.
         """
+        what = self._policy.model.observation
         if not isinstance(observation, Mapping):
-            observation = {self._policy.model.observation.names[0]: observation}
-        seen = {k: np.asarray(v)[None] for k, v in observation.items()}
-        seen = {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in seen.items()}
-        return self._policy.act(seen, np.array([Controller.POLICY], np.uint8), self._rngs, sample)[0]
+            observation = {what.names[0]: observation}
+        vectors = dict(what.vectors)
+        seen = {k: np.asarray(v, np.float32 if k in vectors else None) for k, v in observation.items()}
+        what.require(seen, "The policy", "the observation")
+        for name in vectors:
+            if not np.all(np.isfinite(seen[name])):  # it would stay in the latent for the rest of the episode
+                raise UsageError(f"The observation's '{name}' has NaN or infinite values.")
+        alone = {name: value[None] for name, value in seen.items()}
+        return self._policy.act(alone, np.array([Controller.POLICY], np.uint8), self._rngs, sample)[0]
 
     def reset(self) -> None:
         self._policy.begin(0)
