@@ -99,7 +99,7 @@ class WorldModel(nn.Module):
         Always in float32, whatever the precision of training is: equal weights must give equal features. SpecMismatch
         where the model cannot see it.
         """
-        tensors = {k: torch.from_numpy(np.require(v, requirements="CW")).to(self.device) for k, v in seen.items()}
+        tensors = {k: torch.from_numpy(np.require(v, requirements=["C", "W"])).to(self.device) for k, v in seen.items()}
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.encode(tensors).float().cpu().numpy()
 
