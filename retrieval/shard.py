@@ -78,8 +78,9 @@ class ShardWriter:
             before = self.file.tell()
             self.writer.write_batch(batch, custom_metadata={NOTE_KEY: note} if start == 0 else None)
             starts.append(before)
-        starts[0] = starts[0] or first_message(self.path)
-        extent = locate(map_file(self.path), self.layout, starts, self.file.tell(), self.codec)
+        memory = map_file(self.path)
+        starts[0] = starts[0] or first_message(memory)
+        extent = locate(memory, self.layout, starts, self.file.tell(), self.codec)
         self.end = extent.end
         return extent, self.file.crc
 
@@ -110,11 +111,9 @@ class ShardWriter:
         return pa.record_batch(columns, schema=self.layout.schema)
 
 
-def first_message(path: Path) -> int:
+def first_message(memory: mmap.mmap) -> int:
     """Where the first record batch of a shard starts: after the magic and the schema message."""
-    with path.open("rb") as file:
-        head = file.read(MAGIC_BYTES + 8)
-    return MAGIC_BYTES + 8 + int.from_bytes(head[MAGIC_BYTES + 4 :], "little")
+    return MAGIC_BYTES + 8 + int.from_bytes(memory[MAGIC_BYTES + 4 : MAGIC_BYTES + 8], "little")
 
 
 def locate(memory: mmap.mmap, layout: Layout, starts: Sequence[int], end: int, codec: str) -> Extent:
@@ -200,10 +199,10 @@ def scan(path: Path, layout: Layout, start: int, codec: str) -> Iterator[tuple[d
 
     Ends silently at the first thing that is not a whole trajectory: a footer, or what a dying writer left.
     """
-    begin, start = start, start or first_message(path)
     if start >= os.stat(path).st_size:
         return
     memory = map_file(path)
+    begin, start = start, start or first_message(memory)
     while found := _next_trajectory(memory, layout, start, codec):
         note, extent = found
         yield note, extent, checksum(memory, begin, extent.end)
@@ -220,13 +219,14 @@ def is_finished(path: Path, end: int) -> bool:
     with path.open("rb") as file:
         file.seek(end)
         after = file.read(8)
-        file.seek(-6, os.SEEK_END)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 6))
         return after == message.CONTINUATION + bytes(4) and file.read() == b"ARROW1"
 
 
 def footer_problem(path: Path) -> str:
     """What keeps other readers of Arrow from opening a finished shard; nothing if nothing does."""
-    raw, end = memoryview(map_file(path)), first_message(path)
+    memory = map_file(path)
+    raw, end = memoryview(memory), first_message(memory)
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
             file.seek(MAGIC_BYTES)

@@ -300,7 +300,7 @@ class TrajectoryStore:
     def _verify(self, row: int) -> None:
         memory, *_, extent = self._place(row)
         path = recovery.shard_path(self.path, int(self._catalog.column("shard")[row]))
-        begin = 0 if extent.start == shard.first_message(path) else extent.start
+        begin = 0 if extent.start == shard.first_message(memory) else extent.start
         if shard.checksum(memory, begin, extent.end) != self._catalog.column("stored_crc")[row]:
             what = f"trajectory {self._catalog.id(row)} in shards/{path.name}"
             raise FormatError(f"The bytes of {what} are not those that were written.")

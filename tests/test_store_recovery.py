@@ -154,6 +154,8 @@ def test_a_shard_that_came_to_nothing_is_out_of_the_way(tmp_path: Path) -> None:
     (shard,) = (tmp_path / "s" / "shards").iterdir()
     for size, left in ((0, False), (5, False), (300, False), (shard.stat().st_size - 1, True)):
         (tmp_path / "s" / "shards" / "000001.arrow").write_bytes(shard.read_bytes()[:size])
+        with TrajectoryStore.open(tmp_path / "s") as reader:
+            assert [row for row, _ in reader.verify()] == ([None] if size else [])
         with TrajectoryStore.open(tmp_path / "s", write=True) as store:
             assert "000001.arrow" in store.recovery[0]
             assert len(store) == 1
