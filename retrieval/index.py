@@ -240,7 +240,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unavailable(f"Cannot write the index {folder}: {error.strerror}; then run gsa index again.") from None
+        raise Unavailable(f"Cannot write the index {folder}: {error.strerror}. Mend that and run gsa index.") from None
 
 
 def _forget_others(folder: Path, head: Head) -> None:
