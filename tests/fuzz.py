@@ -100,7 +100,7 @@ def make_dataset(format: str, folder: Path) -> None:
 
 FORMATS = (
     "npz", "exorl", "robomimic", "robomimic-gzip", "minari-hdf5-raw", "minari-hdf5-jpeg", "minari-arrow-raw",
-    "minari-arrow-jpeg", "minari-parquet-raw", "lerobot", "lerobot-images",
+    "minari-arrow-jpeg", "minari-parquet-raw", "lerobot", "lerobot-images", "store",
 )  # fmt: skip
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from gsa.errors import UsageError
 from gsa.schema import ArraySpec
-from retrieval.ingest import Options, ingest
+from retrieval.formats.images import channels_last, resized
+from retrieval.formats.isolated import Isolated
+from retrieval.ingest import Options, ingest, open_source
 from retrieval.store import TrajectoryStore
 from tests.datasets import Play, assert_aligned, play, write_lerobot, write_minari, write_robomimic
 from tests.test_ingest import record, save
@@ -206,3 +211,30 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         ingest(tmp_path / "a.hdf5", store)
     assert len(store) == 0
     assert ingest(tmp_path / "a.hdf5", store, options=Options(resize=8)).added == 3
+
+
+def test_images_are_resized_by_the_mean_of_the_area_and_have_three_channels() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (128, 192, 3), np.uint8)
+    mean = image.reshape(64, 2, 64, 3, 3).astype(np.float64).mean((1, 3))
+    assert np.abs(resized(image, 64) - mean).max() <= 1
+    for given in (image, image.transpose(2, 0, 1), np.dstack([image, image[..., :1]])):
+        np.testing.assert_array_equal(channels_last(given), image)
+    grey = image[..., 0]
+    for given in (grey, grey[..., None], grey[None]):
+        np.testing.assert_array_equal(channels_last(given), np.dstack([grey] * 3))
+
+
+def test_large_images_are_never_in_memory_together(tmp_path: Path) -> None:
+    """370 MB of camera images, resized on the way."""
+    write_robomimic(tmp_path / "a.hdf5", PLAYS[:1], next_obs=False)
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        del file["data/demo_0/obs/agentview_image"], file["data/demo_0/actions"], file["data/demo_0/rewards"]
+        file.create_dataset("data/demo_0/obs/agentview_image", (400, 480, 640, 3), "u1", chunks=(1, 480, 640, 3))
+        file["data/demo_0/actions"], file["data/demo_0/rewards"] = np.zeros((400, 2)), np.zeros(400)
+    options = Options(("pixels=agentview_image",), resize=64)
+    with contextlib.closing(open_source(tmp_path / "a.hdf5", options=options)) as source:
+        assert isinstance(source, Isolated)
+        assert len(source.load(0).trajectory) == 399
+        status = Path(f"/proc/{source._idle[0]._process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 300_000  # type: ignore[index]

@@ -127,9 +127,7 @@ def id_of(digits: str) -> str:
 def _named(path: Path, exorl: bool) -> tuple[str, str, int]:
     """Embodiment, source and action repeat by the folders' names; empty where they say nothing."""
     folders = path.resolve().parent.parts
-    if exorl:
-        if len(folders) < 3 or folders[-1] != "buffer":
-            return "", "", 1
+    if exorl and len(folders) > 2 and folders[-1] == "buffer":
         return f"dmc/{folders[-3]}", f"exorl/{folders[-3]}/{folders[-2]}", 1
     pairs = [pair for pair in itertools.pairwise(folders) if pair[0] in ("dmcontrol", "metaworld")]
     if not pairs:
