@@ -252,7 +252,7 @@ class RedisSubscriber(_Inbox):
         started = time.monotonic()
         if (snapshot := self._obtain(head)) is not None:
             self._put(snapshot.meta["epoch"], snapshot)
-            self._meter.mean({"fetch_s": time.monotonic() - started})
+            self._meter.mean({"fetch_ms": 1e3 * (time.monotonic() - started)})
 
     def _obtain(self, head: Head) -> WeightSnapshot | None:
         """The head's version, or a later one: from the node's leader, else from the server."""

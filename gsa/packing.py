@@ -6,9 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,9 +72,9 @@ def receive(
     """Fetches what `manifest` describes into `room(bytes)`, widened to float32 where it came as bfloat16. It must
     be of the epoch and version of `order`.
 
-    `fetch(i, into)` gives the length of chunk i, and its bytes if they fit; None where it is gone, and then this is
-    None too. Manifest and chunks are not trusted: FormatError where they do not fit together. Returns the
-    description that `snapshot` takes with the memory.
+    `fetch(i, into)` fills `into` with chunk i and gives its CRC-32, or -1 where it is of another length; None where it
+    is gone, and then this is None too. Manifest and chunks are not trusted: FormatError where they do not fit together.
+    Returns the description that `snapshot` takes with the memory.
     """
     data = _read_manifest(manifest)
     if (data["epoch"], data["version"]) != order:
@@ -84,19 +82,11 @@ def receive(
     widened = _widened(data)
     narrow = widened["tensors"] != data["tensors"]
     whole, step = np.empty(data["bytes"], np.uint8) if narrow else room(data["bytes"]), data["chunk_bytes"]
-    last = len(data["crc32"]) - 1
-    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:  # one is checked while the next one comes
-        checksums: list[Callable[[], int]] = []
-        for i in range(last + 1):
-            part = memoryview(whole)[i * step : (i + 1) * step]
-            if (length := fetch(i, part)) is None:
-                return None
-            if length != len(part):
-                raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
-            checksums.append(thread.submit(zlib.crc32, part).result if i < last else partial(zlib.crc32, part))
-        for i, (checksum, expected) in enumerate(zip(checksums, data["crc32"], strict=True)):
-            if checksum() != expected:
-                raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
+    for i, expected in enumerate(data["crc32"]):
+        if (checksum := fetch(i, memoryview(whole)[i * step : (i + 1) * step])) is None:
+            return None
+        if checksum != expected:
+            raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
     if narrow:
         _widen(whole, data["tensors"], room(widened["bytes"]), widened["tensors"])
     return json.dumps(widened).encode()

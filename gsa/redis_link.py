@@ -126,11 +126,10 @@ class RedisLink:
         """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
         manifest, *chunks = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
         with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:  # computed while chunks are sent
-            checksums = [thread.submit(zlib.crc32, chunk) for chunk in packed.chunks[:-1]]
+            checksums = [thread.submit(zlib.crc32, chunk) for chunk in packed.chunks]
             for key, value in zip(chunks, packed.chunks, strict=True):
                 self._redis.set(key, value, ex=UNFINISHED_S)
-            last = [zlib.crc32(chunk) for chunk in packed.chunks[-1:]]
-            described = packed.manifest(epoch, [c.result() for c in checksums] + last)
+            described = packed.manifest(epoch, [c.result() for c in checksums])
         self._redis.set(manifest, described, ex=UNFINISHED_S)
         self.flip(head)
 
@@ -210,7 +209,7 @@ class RedisLink:
         return self._redis.get(key)  # type: ignore[return-value]  # bytes, as responses are not decoded
 
     def _get_into(self, key: str, into: memoryview) -> int | None:
-        """The length of the value, which is received into `into` if it has the same; None where there is none.
+        """Receives the value into `into`; its CRC-32, or -1 where it is of another length, None where there is none.
 
         The client's own way to get a value copies it three times and holds the interpreter meanwhile, from the
         thread that acts. So the reply is read from the connection's socket; what is not as expected is left to
@@ -220,8 +219,8 @@ class RedisLink:
         connection: Any = pool.get_connection()
         try:
             connection.send_command("GET", key)
-            whole = _receive_bulk(connection._sock, into)
-            if not whole:
+            checksum = _receive_bulk(connection._sock, into)
+            if checksum is None:
                 connection.disconnect()
         except (TimeoutError, OSError) as error:
             connection.disconnect()
@@ -232,37 +231,42 @@ class RedisLink:
             raise
         finally:
             pool.release(connection)
-        if whole:
-            return len(into)
+        if checksum is not None:
+            return checksum
         value = self._get(key)
-        if value is not None and len(value) == len(into):
-            into[:] = value
-        return None if value is None else len(value)
+        if value is None or len(value) != len(into):
+            return None if value is None else -1
+        into[:] = value
+        return zlib.crc32(into)
 
     def _keys(self, head: Head) -> list[str]:
         """The manifest's, then the chunks'. The epoch is in them, so that a stale learner overwrites nothing."""
         return [f"{self.prefix}:{head.epoch}:{head.version}:{part}" for part in ("manifest", *range(head.chunks))]
 
 
-def _receive_bulk(sock: socket.socket, into: memoryview) -> bool:
-    """Reads one bulk string of exactly len(into) bytes. False where the reply is another: the connection is spoilt."""
+def _receive_bulk(sock: socket.socket, into: memoryview) -> int | None:
+    """Reads one bulk string of exactly len(into) bytes and gives its CRC-32, computed piece by piece while the next is
+    under way. None where the reply is another: the connection is spoilt."""
     expected = b"$%d\r\n" % len(into)
     begun = bytearray(len(expected) + min(len(into) + 2, 64))
     got = 0
     while got < len(expected):
         got += _some(sock, memoryview(begun)[got:])
         if not expected.startswith(begun[: min(got, len(expected))]):
-            return False
+            return None
     early = memoryview(begun)[len(expected) : got]
     inside = min(len(early), len(into))
     into[:inside] = early[:inside]
+    checksum = zlib.crc32(into[:inside])
     end = bytearray(early[inside:])
     while inside < len(into):
-        inside += _some(sock, into[inside:])
+        n = _some(sock, into[inside:])
+        checksum = zlib.crc32(into[inside : inside + n], checksum)
+        inside += n
     while len(end) < 2:
         more = bytearray(2 - len(end))
         end += more[: _some(sock, memoryview(more))]
-    return True
+    return checksum
 
 
 def _some(sock: socket.socket, into: memoryview) -> int:

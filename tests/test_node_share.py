@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,7 @@ def filled(version):
 
     def fetch(i, into):
         into[:] = packed.chunks[i]
-        return len(into)
+        return zlib.crc32(into)
 
     received = memory.seal(packing.receive(packed.manifest(1), (1, version), fetch, memory.room))
     return memory, received
