@@ -136,7 +136,9 @@ def _retrieval(retrieved: Retrieved | None, sheet: bytes | None) -> str:
         finite = [d for d in retrieved.distances if math.isfinite(d)]
         span = f", distances {min(finite):.3g} to {max(finite):.3g}" if finite else ""
         count = f"{retrieved.taken} of {retrieved.asked} asked for"
-        body += f"<p>{text(retrieved.embodiment)}: {count}, {how}{span}.</p>"
+        right = retrieved.of_task
+        precision = "" if right is None else f"; {right:.0%} of the task itself, chance {retrieved.chance or 0:.0%}"
+        body += f"<p>{text(retrieved.embodiment)}: {count}, {how}{span}{precision}.</p>"
     if sheet:
         caption = (
             "Query above; below it the nearest and the farthest of the trajectories taken, with distance and source."

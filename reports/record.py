@@ -55,6 +55,8 @@ class Retrieved:
     asked: int
     distances: tuple[float, ...]  # nearest first
     sources: Mapping[str, int]  # source → trajectories, most first
+    of_task: float | None = None  # share of them that the sources say is of the task
+    chance: float | None = None  # that share in the pool
 
     @property
     def taken(self) -> int:
@@ -183,7 +185,10 @@ def _retrieved(path: Path) -> Retrieved:
     counts = {name: names.count(name) for name in dict.fromkeys(names)}
     by_count = dict(sorted(counts.items(), key=lambda item: -item[1]))
     distances = tuple(float(d) for d in rehearsal.distances)
-    return Retrieved(rehearsal.kind, rehearsal.embodiment, rehearsal.k, distances, by_count)
+    of_task = rehearsal.precision[-1].task if rehearsal.precision else None
+    return Retrieved(
+        rehearsal.kind, rehearsal.embodiment, rehearsal.k, distances, by_count, of_task, rehearsal.task_share
+    )
 
 
 def _stages(path: Path) -> list[tuple[str, float]]:

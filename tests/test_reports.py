@@ -16,7 +16,7 @@ from reports import sheets
 from reports.record import read_run
 from reports.report import write_report
 from reports.sheets import contact_sheet, frame_strip
-from retrieval.retriever import RehearsalSet
+from retrieval.retriever import Precision, RehearsalSet
 from retrieval.store import TrajectoryStore
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -48,6 +48,7 @@ def rehearsal(
     taken = RehearsalSet(
         rows=tuple(rows), distances=tuple(0.5 * i for i in range(len(rows))), sources=tuple(sources),
         embodiment="dmc/walker", k=k, store_id="s", encoder_hash="e", kind="nearest",
+        precision=(Precision(len(rows), 0.5, 1.0),) if rows else (), task_share=0.25,
     )  # fmt: skip
     taken.save(path)
     return taken
@@ -118,7 +119,16 @@ def test_a_whole_run_has_every_part_and_the_right_numbers(tmp_path):
     assert page.tags.count("video") == 1
     assert page.tags.count("picture") == 3  # learning curve, guided share, contact sheet
     text = report_text(tmp_path / "run")
-    for expected in ("65.0", "22.0", "20,000", "pre-train", "3 min 20 s", "dmc/walker/noise-1", "3 of 5 asked for"):
+    for expected in (
+        "65.0",
+        "22.0",
+        "20,000",
+        "pre-train",
+        "3 min 20 s",
+        "dmc/walker/noise-1",
+        "3 of 5 asked for",
+        "50% of the task itself, chance 25%",
+    ):
         assert expected in text
     data = json.loads(summary.json.read_text())
     assert data["policies"]["finetuned"]["score"] == pytest.approx(65.0)
