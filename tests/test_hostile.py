@@ -359,24 +359,14 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path: Path) -> None:
     assert "gsa-rl[robomimic]" in found.stderr
 
 
-# Thousands of them
+# Many of them
 
 
 @pytest.mark.parametrize("format", fuzz.FORMATS)
 def test_damaged_datasets_end_in_episodes_or_errors(format: str) -> None:
-    assert_sound(fuzz.run(format, 40))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("format", fuzz.FORMATS)
-def test_thousands_of_damaged_datasets(format: str) -> None:
-    assert_sound(fuzz.run(format, 2000))
-
-
-def assert_sound(found: dict[str, Any]) -> None:
-    """Libraries may crash or hang where a process of its own takes it."""
+    """A few; benchmarks/fuzz.py tries 2000 of each. Libraries may crash or hang where a process of its own takes it."""
+    found = fuzz.run(format, 25)
     assert found["unexpected"] == 0, found
-    assert found["crashed"] + found["hung"] == 0 or formats()[found["format"].partition("-")[0]].isolated, found
-    assert found["peak_mb"] < 1000, found
+    assert found["crashed"] + found["hung"] == 0 or formats()[format.partition("-")[0]].isolated, found
+    assert found["peak_mb"] < 500, found
     assert found["refused"] > 0
