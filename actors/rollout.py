@@ -171,8 +171,10 @@ class Rollout:
     def state(self) -> dict[str, Any]:
         """What continues the rollout exactly, between two steps of environments in this process."""
         episodes = [None if episode is None else episode.state() for episode in self.episodes]
-        policy = self.policy.memory()
-        return {"version": self.version, "episodes": episodes, "policy": policy, "faults": dict(self._faults)}
+        return {
+            "version": self.version, "episodes": episodes, "policy": self.policy.memory(), "faults": dict(self._faults),
+            "idle_rng": self._idle_rng.bit_generator.state,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> list[Lease]:
         """Plays the episodes under way again by what was done in them, and gives the policy its memory back.
@@ -185,6 +187,7 @@ class Rollout:
                 self.episodes[slot] = None
                 lost.append(Lease(**saved["lease"]))
         self.policy.recall(state["policy"])
+        self._idle_rng.bit_generator.state = state["idle_rng"]
         self.version = int(state["version"])
         self._faults = {str(cause): int(n) for cause, n in state["faults"].items()}
         return lost

@@ -127,6 +127,27 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class ResumeCheck:
+    """Prove that a run goes on as if it had not been stopped. In one process: bit for bit, from one checkpoint to the
+    next, in a copy. Over Ray: that checkpoint, store and log agree. Exit code 1 if they do not."""
+
+    run: Positional[Path]
+    scratch: Path | None = None
+    """Folder for the copy; default: the system's for temporary files."""
+
+    def __call__(self) -> int:
+        from deploy.progress import bar
+        from deploy.resume_check import resume_check
+
+        with bar("resume-check") as progress:
+            found = resume_check(self.run, self.scratch, progress)
+        for sentence in found:
+            print(sentence)
+        print(f"{self.run}: {'does not go on exactly' if found else 'goes on as if it had not been stopped'}.")
+        return FAILED if found else 0
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Play whole episodes with the policy of an agent's folder, by its mean action."""
 
@@ -185,6 +206,7 @@ Command = (
     | Annotated[Index, subcommand("index")]
     | Annotated[Retrieve, subcommand("retrieve")]
     | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[ResumeCheck, subcommand("resume-check")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Shift, subcommand("shift")]

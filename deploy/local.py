@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class LocalRun:
         self._log: RunLog | None = None
         self._faults = FaultLog(run)
         self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
+        self._saved: tuple[int, int, bool] | None = None
         self._learned = False  # whether the learner has had its turn since the worker's last
 
     @property
@@ -68,20 +69,26 @@ class LocalRun:
         return self.replay.collected * self._repeat
 
     def run_to_end(self, progress: Progress, stop: threading.Event) -> None:
-        """Turns of learner and worker until the budget is collected and replayed."""
+        """Collects and learns until the budget is collected and replayed; saves at its end, and where it is stopped."""
+        for _ in self.turns(progress):
+            if stop.is_set():
+                self._save_and_wait()
+                raise Stopped(f"Stopped at {self.frames} frames; to go on: gsa finetune --resume {self.run}")
+        self._save_and_wait()
+
+    def turns(self, progress: Progress) -> Iterator[None]:
+        """Turns of learner and worker, in order. At each yield `state()` is whole, and continues the run exactly."""
         while True:
             while not self._learned:
-                if stop.is_set():
-                    self._save_and_wait()
-                    raise Stopped(f"Stopped at {self.frames} frames; to go on: gsa finetune --resume {self.run}")
+                yield
                 self._learned = self.learner.step() is None  # as many updates as the rate limiter now allows
             if self.replay.collected > self._written:
                 self._write_down(progress)
+                yield
             if self.replay.complete:
-                break
+                return
             self.worker.tick()  # one agent step in each environment
             self._learned = False
-        self._save_and_wait()
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or from the beginning where there is none."""
@@ -100,6 +107,7 @@ class LocalRun:
         self.worker.restore(state["worker"])
         self._written, self._cursor, self._evaluated = (int(state[k]) for k in ("written", "cursor", "evaluated"))
         self._learned = bool(state["learned"])
+        self._saved = (self.frames, self.tuner.updates, self._learned)
         self._log = RunLog(self.run, resume_rows=int(state["log_rows"]))
 
     def state(self) -> dict[str, Any]:
@@ -112,7 +120,11 @@ class LocalRun:
         }  # fmt: skip
 
     def save(self, score: float | None = None) -> None:
-        self.checkpoints.save(self.frames, self.state(), score)
+        """Saves the run, unless it stands where it was saved last."""
+        stands = (self.frames, self.tuner.updates, self._learned)
+        if stands != self._saved:
+            self._saved = stands
+            self.checkpoints.save(self.frames, self.state(), score)
 
     def _save_and_wait(self) -> None:
         self.save()

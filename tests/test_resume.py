@@ -23,6 +23,7 @@ from deploy.local import run_local
 from gsa import config as configs
 from gsa.errors import FormatError, Stopped
 from gsa.metrics import read_log
+from learner.checkpoint import Checkpoints, read
 from learner.config import LearnerConfig
 from retrieval.store import TrajectoryStore
 from tests.gym_counting import STEPS
@@ -166,6 +167,28 @@ def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
     assert 0 < frames < 2_000
 
 
+def test_resume_check_proves_it_for_ones_own_run(whole, tmp_path, capfd):
+    run = copy(whole, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert gsa(["resume-check", str(run), "--scratch", str(tmp_path)]) == 0
+    assert "goes on as if it had not been stopped" in capfd.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_resume_check_finds_a_state_that_does_not_follow(whole, tmp_path, capfd):
+    run = copy(whole, tmp_path / "run")
+    folder = Checkpoints(run / "checkpoints", keep=9)
+    step, state = read(folder.paths()[1])
+    shutil.rmtree(folder.paths()[1])
+    name, weight = next(iter(state["tuner"]["agent"].items()))
+    weight.view(-1)[0] += 1e-3
+    folder.save(step, state)
+    assert gsa(["resume-check", str(run)]) == 1
+    assert f"state.tuner.agent.{name} differs" in capfd.readouterr().out
+    shutil.rmtree(run / "checkpoints")
+    assert gsa(["resume-check", str(run)]) == 2
+
+
 # Over Ray and Redis
 
 
@@ -200,6 +223,7 @@ def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path): 
     finally:
         process.kill()
     check_counts(out)
+    assert gsa(["resume-check", str(out)]) == 0
     episodes = [row["episode/steps"] for row in read_log(out) if "episode/steps" in row]
     assert len(episodes) == len(online(out))
     assert max(row.get("learner/updates", 0) for row in read_log(out)) == 20
