@@ -60,7 +60,7 @@ class LocalRun:
         self._log: RunLog | None = None
         self._faults = FaultLog(run)
         self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
-        self._saved: tuple[int, int, bool] | None = None
+        self._saved = False  # whether it stands where it was saved last
         self._learned = False  # whether the learner has had its turn since the worker's last
 
     @property
@@ -82,13 +82,14 @@ class LocalRun:
             while not self._learned:
                 yield
                 self._learned = self.learner.step() is None  # as many updates as the rate limiter now allows
+            self._saved = False
             if self.replay.collected > self._written:
                 self._write_down(progress)
                 yield
             if self.replay.complete:
                 return
             self.worker.tick()  # one agent step in each environment
-            self._learned = False
+            self._learned = self._saved = False
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or from the beginning where there is none."""
@@ -107,7 +108,7 @@ class LocalRun:
         self.worker.restore(state["worker"])
         self._written, self._cursor, self._evaluated = (int(state[k]) for k in ("written", "cursor", "evaluated"))
         self._learned = bool(state["learned"])
-        self._saved = (self.frames, self.tuner.updates, self._learned)
+        self._saved = True
         self._log = RunLog(self.run, resume_rows=int(state["log_rows"]))
 
     def state(self) -> dict[str, Any]:
@@ -120,11 +121,10 @@ class LocalRun:
         }  # fmt: skip
 
     def save(self, score: float | None = None) -> None:
-        """Saves the run, unless it stands where it was saved last."""
-        stands = (self.frames, self.tuner.updates, self._learned)
-        if stands != self._saved:
-            self._saved = stands
+        """Saves the run, unless nothing has happened since it was saved last."""
+        if not self._saved:
             self.checkpoints.save(self.frames, self.state(), score)
+            self._saved = True
 
     def _save_and_wait(self) -> None:
         self.save()
