@@ -130,6 +130,13 @@ def test_cameras_and_vectors_are_taken_under_the_names_given_and_resized(
         assert np.abs(found.observation["wrist"][:, ::-1, ::-1].astype(int) - found.observation["pixels"]).max() < 12
 
 
+def test_a_folder_of_several_minari_datasets_is_not_taken_for_robomimic(tmp_path: Path, store: TrajectoryStore) -> None:
+    for version in ("v0", "v1"):
+        write_minari(tmp_path / "door" / version, PLAYS[:1])
+    with pytest.raises(UsageError, match=r"none of .*Seen: 2 .* files and 2 .* files"):
+        ingest(tmp_path / "door", store)
+
+
 def test_an_unknown_observation_is_named(tmp_path: Path, store: TrajectoryStore) -> None:
     write_lerobot(tmp_path / "lab", PLAYS)
     with pytest.raises(UsageError, match=r"'observation.images.tip'. Did you mean observation.images.top"):

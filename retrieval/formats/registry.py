@@ -16,6 +16,7 @@ from retrieval.formats.source import Options, Source
 from retrieval.manifest import Manifest
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+MINARI_FILE = "main_data.hdf5"
 LOOK_AT = 10_000  # files of a folder when telling what is in it
 
 
@@ -35,7 +36,7 @@ def formats() -> dict[str, Format]:
         "store": Format("a trajectory store", Manifest.exists, _stores),
         "lerobot": Format("a LeRobot dataset", _is_lerobot, _lerobot, isolated=True),
         "minari": Format("a Minari dataset", lambda path: minari_data(path) is not None, _minari, isolated=True),
-        "robomimic": Format("robomimic HDF5", lambda path: bool(hdf5_files(path)), _robomimic, isolated=True),
+        "robomimic": Format("robomimic HDF5", _is_robomimic, _robomimic, isolated=True),
         "exorl": Format("ExORL npz", _is_exorl, lambda path, options: _npz(path, options, exorl=True)),
         "npz": Format("npz files", _has_npz, _npz),
     }
@@ -85,7 +86,7 @@ def hdf5_files(path: Path) -> list[Path]:
 
 def minari_data(path: Path) -> Path | None:
     """The folder with a Minari dataset's metadata.json: `path` or its data/."""
-    for folder in (path, path / "data", path.parent if path.name == "main_data.hdf5" else path):
+    for folder in (path, path / "data", path.parent if path.name == MINARI_FILE else path):
         if "data_format" in _json(folder / "metadata.json"):
             return folder
     return None
@@ -93,6 +94,10 @@ def minari_data(path: Path) -> Path | None:
 
 def _is_lerobot(path: Path) -> bool:
     return "codebase_version" in _json(path / "meta" / "info.json")
+
+
+def _is_robomimic(path: Path) -> bool:
+    return any(file.name != MINARI_FILE for file in hdf5_files(path))
 
 
 def _is_exorl(path: Path) -> bool:
@@ -107,8 +112,11 @@ def _has_npz(path: Path) -> bool:
 
 
 def _begins(path: Path, signature: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(signature)) == signature
+    try:
+        with path.open("rb") as file:
+            return file.read(len(signature)) == signature
+    except OSError:
+        return False
 
 
 def _json(path: Path) -> dict[str, Any]:
