@@ -289,7 +289,7 @@ def test_bfloat16_losses_stay_close_to_float32():
         start = State(*(x.float() for x in start64()))
         loss, imagination, _ = agent.actor_loss(start, torch.ones(5), generator(4))
         loss.backward()
-        assert imagination.returns.dtype == imagination.state.deter.dtype == torch.float32
+        assert imagination.returns.dtype == imagination.states[0].deter.dtype == torch.float32
         losses.append(agent.critic_loss(imagination)[0].item())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 

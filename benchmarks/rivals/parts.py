@@ -36,7 +36,7 @@ def parts(case: Case) -> dict[str, Callable[[], object]]:
     states = State(*(x.clone().requires_grad_() for x in seen.state))
     starts = seen.state.flatten()
     with torch.no_grad():
-        imagined = behaviour.imagine(model, agent.actor, starts, agent.config.horizon, generator).state
+        imagined = behaviour.imagine(model, agent.actor, starts, agent.config.horizon, generator).states
 
     def scan() -> None:
         found = model.observe(features, data.previous_action, data.is_first, generator)
@@ -45,7 +45,7 @@ def parts(case: Case) -> dict[str, Callable[[], object]]:
     def imagination() -> None:
         with frozen(model):
             found = behaviour.imagine(model, agent.actor, starts, agent.config.horizon, generator)
-            _back(found.state.deter.sum() + found.state.stoch.sum() + found.entropy.sum())
+            _back(found.entropy.sum() + sum(x.sum() for state in found.states for x in state))
 
     return {
         "encoder": lambda: _back(encoder.encode(patches).sum()),
@@ -57,16 +57,16 @@ def parts(case: Case) -> dict[str, Callable[[], object]]:
     }
 
 
-def _heads(agent: Agent, states: State, data: TensorBatch, imagined: State) -> None:
+def _heads(agent: Agent, states: State, data: TensorBatch, imagined: list[State]) -> None:
     """Reward head on what was inferred; reward head and slow critic on what was imagined; the critic's loss."""
     _back(agent.reward_loss(states, data)[0])
-    deter, stoch = (x.detach().requires_grad_() for x in imagined)
+    steps = [State(*(x.detach().requires_grad_() for x in state)) for state in imagined]
     with frozen(agent.reward):
-        value = agent.reward.value(State(deter, stoch)) + agent.slow_critic.value(State(deter, stoch))
+        value = torch.stack([agent.reward.value(s) + agent.slow_critic.value(s) for s in steps])
         _back(value.sum())
-    left = State(deter[:-1].detach(), stoch[:-1].detach())
     returns = value[:-1].detach()
-    _back(agent.critic_loss(Imagination(left, returns, torch.ones_like(returns)))[0])
+    left = Imagination([s.detach() for s in steps[:-1]], returns, torch.ones_like(returns))
+    _back(agent.critic_loss(left)[0])
 
 
 def _steps(learner: FineTuner) -> None:

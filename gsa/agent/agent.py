@@ -37,7 +37,7 @@ class Saved:
 class Imagination(NamedTuple):
     """What the actor's loss leaves behind for the critic's. No gradients."""
 
-    state: State  # [H, N, …]
+    states: list[State]  # H of [N, …]
     returns: Tensor  # [H, N]
     weights: Tensor  # [H, N]
 
@@ -89,29 +89,40 @@ class Agent(nn.Module):
         self, start: State, weight: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Imagination, dict[str, Tensor]]:
         """Of the actor, through imagination from `start` [N, …] with `weight` [N]. Only the actor gets gradients."""
-        c = self.config
+        c, judged = self.config, []
         with frozen(self.world_model, self.reward, self.slow_critic), self.world_model.autocast():
-            imagined = behaviour.imagine(self.world_model, self.actor, start, c.horizon, generator)
-            reward, value = self.reward.value(imagined.state), self.slow_critic.value(imagined.state)
-            end = self.reward.end_logit(imagined.state)
-        discount = torch.full_like(reward, c.discount) if end is None else c.discount * torch.sigmoid(-end)
+            imagined = behaviour.imagine(
+                self.world_model,
+                self.actor,
+                start,
+                c.horizon,
+                generator,
+                lambda state: judged.append(self._judge(state)),
+            )
+        reward, value, discount = (torch.stack(x) for x in zip(*judged, strict=True))
         returns = behaviour.lambda_returns(reward, value, discount, c.lambda_)
         weights = behaviour.step_weights(weight, discount)
         loss = behaviour.actor_loss(returns, imagined.entropy, weights, c.entropy)
-        deter, stoch = imagined.state.detach()
         metrics = {
             "loss": loss, "entropy": imagined.entropy.mean(), "return": returns.mean(), "reward": reward.mean(),
             "value": value.mean(),
         }  # fmt: skip
-        left = Imagination(State(deter[:-1], stoch[:-1]), returns.detach(), weights)
+        left = Imagination([state.detach() for state in imagined.states[:-1]], returns.detach(), weights)
         return loss, left, {k: v.detach() for k, v in metrics.items()}
 
     def critic_loss(self, imagination: Imagination) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the critic, on the states and returns that the actor's loss left."""
-        with self.world_model.autocast():
-            logits = self.critic(imagination.state)
-        loss = behaviour.critic_loss(logits, imagination.returns, imagination.weights)
+        with self.world_model.autocast():  # state by state: what is imagined at once outgrows the processor's cache
+            logits = [self.critic(state) for state in imagination.states]
+        steps = zip(logits, imagination.returns, imagination.weights, strict=True)
+        loss = torch.stack([behaviour.critic_loss(*step) for step in steps]).mean()
         return loss, {"loss": loss.detach()}
+
+    def _judge(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Reward, value and discount of states of [N, …], float32 [N] each."""
+        reward, value, end = self.reward.value(state), self.slow_critic.value(state), self.reward.end_logit(state)
+        going_on = torch.ones_like(reward) if end is None else torch.sigmoid(-end)
+        return reward, value, self.config.discount * going_on
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:

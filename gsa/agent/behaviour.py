@@ -15,6 +15,7 @@ H imagined steps from N start states. Value of a state counts the reward of havi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class RewardHead(ScalarHead):
 class Imagined(NamedTuple):
     """H steps from N start states."""
 
-    state: State  # [H+1, N, …]
+    states: list[State]  # H+1 of [N, …]
     entropy: Tensor  # [H, N] of the policy at each state that it acted in
 
 
@@ -110,12 +111,19 @@ def imagination_starts(
     return State(flat.deter[rows], flat.stoch[rows]), batch.discount.flatten()[rows]
 
 
-def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int, generator: torch.Generator) -> Imagined:
-    """Rolls the policy out in the model. Gradients reach the actor through the dynamics, not through its inputs."""
+def imagine(
+    world_model: WorldModel, actor: Actor, start: State, horizon: int, generator: torch.Generator,
+    watch: Callable[[State], None] = lambda state: None,
+) -> Imagined:  # fmt: skip
+    """Rolls the policy out in the model. Gradients reach the actor through the dynamics, not through its inputs.
+
+    `watch` is given each state as it comes, while it is still in the processor's cache.
+    """
     n, config = len(start.deter), world_model.config
     uniform = world_model.draw((horizon, n), generator)
     dream = Dream(world_model)
     state, states, entropies, noise = start, [start], [], None
+    watch(start)
     for t in range(horizon):
         mean, std = actor(state.detach())
         if noise is None:
@@ -123,10 +131,10 @@ def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int, g
         action = sample_action(mean, std, noise[t])
         action = nn.functional.pad(action, (0, config.max_action_dim - action.shape[-1]))
         state = dream(state, action, uniform[t])
+        watch(state)
         states.append(state)
         entropies.append(gaussian_entropy(std))
-    stacked = State(torch.stack([s.deter for s in states]), torch.stack([s.stoch for s in states]))
-    return Imagined(stacked, torch.stack(entropies))
+    return Imagined(states, torch.stack(entropies))
 
 
 def lambda_returns(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
