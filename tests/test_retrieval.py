@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gsa.errors import FormatError, SpecMismatch, StaleError, Unavailable, UsageError
+from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, Unavailable, UsageError
 from gsa.schema import ArraySpec, Spec, Trajectory
 from retrieval import index as index_module
 from retrieval import nearest as nearest_module
@@ -288,6 +288,26 @@ def test_a_damaged_index_is_refused_or_made_again(store: TrajectoryStore, index:
         (index.path / "index.json").write_text(json.dumps(head | changes))
         refuses(store, index.path)
     assert len(FeatureIndex.update(store, encode, "encoder-1", index.path)) == 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_index_file_of_any_bytes_opens_or_is_refused(store: TrajectoryStore, index: FeatureIndex, seed: int) -> None:
+    """Cut at every byte, then with random bytes in random places."""
+    path, rng = index.path / "index.json", np.random.default_rng(seed)
+    content = path.read_bytes()
+    spoilt = [content[:n] for n in range(len(content))]
+    for _ in range(300):
+        changed = np.frombuffer(content, np.uint8).copy()
+        changed[rng.integers(len(changed), size=3)] = rng.integers(256, size=3)
+        spoilt.append(changed.tobytes())
+    refused = 0
+    for wrong in spoilt:
+        path.write_bytes(wrong)
+        try:
+            FeatureIndex.open(index.path, store, "encoder-1")
+        except GsaError:
+            refused += 1
+    assert refused > len(spoilt) - 100
 
 
 def refuses(store: TrajectoryStore, folder: Path) -> None:
