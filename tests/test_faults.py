@@ -1,0 +1,85 @@
+"""Whole runs whose environments fail on the way: the budget is collected to the frame, and what failed is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy import run as runs
+from gsa import config as configs
+from gsa.errors import GsaError, UsageError
+from gsa.metrics import read_log
+from gsa.schema import Controller
+from reports.record import read_run
+from tests.gym_faulty import ALL
+from tests.test_hosting import SAYS
+from tests.test_runs import BUDGET, config, online
+
+IMPORTS = ("tests.gym_faulty",)
+
+
+def faulty(out: Path, task: str, **changes):
+    return config(out, task=f"gym/{task}-v0", imports=IMPORTS, env_timeout_s=1.0, **changes)
+
+
+def check_collected(run: Path) -> None:
+    trajectories = online(run)
+    assert sum(map(len, trajectories)) == BUDGET
+    for t in trajectories:
+        assert (t.observation["pixels"][:, 0, 0, 0] == np.arange(len(t) + 1)).all()
+
+
+@pytest.mark.timeout(280)
+def test_a_distributed_run_outlives_environments_that_hang_crash_raise_and_answer_nonsense(tmp_path):
+    """Half of all episodes end in one of six ways, drawn by the seed; one way keeps the interpreter's lock for ever."""
+    out = tmp_path / "run"
+    settings = faulty(out, "Any", workers=2, envs=2)
+    configs.save(settings, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_collected(out)
+    rows = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
+    ways = Counter(way for row in rows for way in ALL if f"{SAYS[way].replace('2 s', '1 s')}" in row["fault"])
+    assert len(ways) >= 3 and sum(ways.values()) == len(rows), rows
+    assert [row for row in read_log(out) if "driver/faults" in row][-1]["driver/faults"] == len(rows)
+    assert max(row.get("driver/worker_restarts", 0) for row in read_log(out)) == 0  # environments, not workers
+    assert "faults" in done.stderr and "the run goes on" in done.stderr  # the progress line, and a sentence a cause
+    assert sum(read_run(out).faults.values()) == len(rows)
+
+
+def test_a_local_run_outlives_them_too_unless_they_never_let_python_run(tmp_path):
+    run = runs.finetune(faulty(tmp_path / "run", "Mild", local=True))
+    check_collected(run)
+    assert read_run(run).faults
+
+
+@pytest.mark.parametrize("way", ["Raises", "NaN"])
+def test_ten_in_a_row_end_a_run_with_their_cause(way, tmp_path):
+    with pytest.raises(GsaError, match=f"10 times in a row for one cause: gym/{way}-v0 failed in step: .*"):
+        runs.finetune(faulty(tmp_path / "run", way, local=True))
+
+
+@pytest.mark.parametrize("way", ["Raises", "Hangs", "HangsInC", "Crashes"])
+def test_a_task_whose_first_frame_does_not_come_is_refused_before_anything_is_written(way, tmp_path):
+    local = way in ("Raises", "Hangs")
+    settings = faulty(tmp_path / "run", f"{way}InReset", local=local)
+    with pytest.raises(UsageError, match="cannot be begun"):
+        runs.prepare(settings.resolved(), lambda: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guide_may_play_a_whole_run(tmp_path):
+    settings = config(tmp_path / "run", local=True, guide="tests.guides:third", final_episodes=1)
+    run = runs.finetune(settings)
+    controllers = np.concatenate([t.controller for t in online(run)])
+    assert (controllers == Controller.HUMAN).mean() == pytest.approx(1 / 3, abs=0.05)
+    assert [t.action[0].tolist() for t in online(run)] == [[0.25, 0.25]] * len(online(run))
