@@ -6,10 +6,10 @@ tensorboard/, checkpoints/, agent/ (the result), evaluation.json, video.mp4, rep
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -194,21 +194,22 @@ def evaluation_rollout(make_host: Callable[[], Host], envs: int, policy: ActingP
 
 
 def play(rollout: Rollout, who: str, episodes: int) -> list[Trajectory]:
-    """Whole episodes under one controller, for evaluation: "random", "prior" or "policy". An episode that a fault of
-    the environment ends is played again."""
+    """Whole episodes under one controller, for evaluation: "random", "prior" or "policy". One that a fault of the
+    environment ends is left out, and the next number is played in its place."""
     rollout.has_prior = who == "prior"
     steps = rollout.hosts[0].task.episode_steps
-    waiting = deque(Lease(episode, steps, 0, warmup=who != "policy") for episode in range(episodes))
+    numbers = itertools.count()
     played: dict[int, Trajectory] = {}
+    under_way = 0
     while len(played) < episodes:
-        for slot in rollout.free_slots[: len(waiting)]:
-            rollout.begin(slot, waiting.popleft())
+        for slot in rollout.free_slots[: episodes - len(played) - under_way]:
+            rollout.begin(slot, Lease(next(numbers), steps, 0, warmup=who != "policy"))
+            under_way += 1
         for outcome in rollout.advance(WAIT_S):
-            if outcome.fault is not None:
-                waiting.append(outcome.lease)
-            elif outcome.trajectory is not None:
+            under_way -= outcome.fault is not None or outcome.trajectory is not None
+            if outcome.trajectory is not None:
                 played[outcome.lease.episode] = outcome.trajectory
-    return [played[i] for i in range(episodes)]
+    return [played[number] for number in sorted(played)]
 
 
 def episode_metrics(row: Mapping[str, float]) -> dict[str, float]:
