@@ -37,7 +37,7 @@ from gsa.broadcast import RedisPublisher, RedisSubscriber
 from gsa.packing import pack
 from gsa.schema import WeightSnapshot
 
-MODELS = {"1.4M": ("tiny", False, 30), "14M": ("reference-small", False, 20), "281M": ("paper", True, 6)}
+MODELS = {"1.4M": ("tiny", False, 30), "14M": ("reference-small", False, 15), "281M": ("paper", True, 4)}
 WORKERS = 4
 WAIT_S = 60.0
 
@@ -56,7 +56,7 @@ def main() -> int:
             goals[f"over_redis_{name}"] = harness.at_most(results[name]["ours_over_redis"], 1.3)
             goals[f"bytes_4_over_1_{name}"] = harness.at_most(results[name]["bytes_4_over_1"], 1.01)
         for name in names[:2]:
-            results[name] |= _swap(server, MODELS[name][0], 3.0 if options.quick else 15.0)
+            results[name] |= _swap(server, MODELS[name][0], 3.0 if options.quick else 6.0)
     return harness.finish("broadcast", results, goals, options)
 
 
