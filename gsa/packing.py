@@ -17,7 +17,7 @@ from gsa.schema import WeightSnapshot
 FORMAT = 1
 CHUNK_BYTES = 8 << 20
 ALIGN = 64  # of each tensor within the whole, so that views of it are aligned
-BLOCK = 1 << 16  # values that are rounded at a time
+BLOCK = 1 << 15  # values that are rounded at a time
 MAX_BYTES = 16 << 30  # a manifest that claims more is refused before memory is taken
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool", "bfloat16")
 
@@ -104,12 +104,20 @@ def snapshot(description: bytes, whole: np.ndarray) -> WeightSnapshot:
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 → the upper halves of their bits as uint16, rounded to nearest even."""
     flat = np.ascontiguousarray(values).reshape(-1)
-    out = np.empty(flat.shape, np.uint16)
-    for i in range(0, len(flat), BLOCK):  # what fits into the cache at a time
+    out, room = np.empty(flat.shape, np.uint16), np.empty(min(BLOCK, flat.size), np.uint32)
+    for i in range(0, flat.size, BLOCK):  # what fits into the cache at a time
         part = flat[i : i + BLOCK]
-        bits = part.view(np.uint32)
-        out[i : i + BLOCK] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        out[i : i + BLOCK][np.isnan(part)] = 0x7FC0  # rounding could carry a NaN into infinity or zero
+        bits, rounded = part.view(np.uint32), room[: part.size]
+        np.right_shift(bits, 16, out=rounded)
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        out[i : i + BLOCK] = rounded
+        with np.errstate(invalid="ignore", over="ignore"):
+            suspect = np.isnan(part.sum())
+        if suspect:  # rounding could carry a NaN into infinity or zero
+            out[i : i + BLOCK][np.isnan(part)] = 0x7FC0
     return out.reshape(values.shape)
 
 
