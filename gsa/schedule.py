@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def schedule_value(schedule: str | float, step: int, action_repeat: int = 1) -> 
     return float(np.interp(at, [s for s, _ in points], [p for _, p in points]))
 
 
+@lru_cache(maxsize=64)
 def _points(schedule: str) -> tuple[list[tuple[float, float]], bool]:
     """Points (step, value), and whether steps are frames."""
     match = re.fullmatch(r"\s*(constant|linear|piecewise)\s*\(([^()]*)\)\s*(steps|frames)?\s*", schedule)

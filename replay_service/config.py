@@ -44,13 +44,13 @@ class ReplayConfig:
                 f"collection and learning could wait for each other."
             )
 
-    def rehearsal_rows(self, i: int, agent_steps: int) -> int:
+    def rehearsal_rows(self, i: int, agent_steps: int, action_repeat: int = 1) -> int:
         """Sequences of batch number `i` that are rehearsed, with so many agent steps collected.
 
         The same in every batch where the share makes whole rows (4 of 16); else the two whole numbers around
         take turns so that n batches differ from n times the share by less than a row.
         """
-        rows = self.batch * schedule_value(self.rehearsal_share, agent_steps)
+        rows = self.batch * schedule_value(self.rehearsal_share, agent_steps, action_repeat)
         before, after = (math.floor(rows * n + 1e-6) for n in (i, i + 1))  # a hair more, for rounding
         return after - before
 

@@ -179,7 +179,9 @@ class ReplayService:
                 self._meter.count("sample_waits")
                 return None
             rng = np.random.default_rng([self.seed, self._batches])
-            rehearsed = self.config.rehearsal_rows(self._batches, self.collected) if len(self._rehearsal) else 0
+            rehearsed = 0
+            if len(self._rehearsal):
+                rehearsed = self.config.rehearsal_rows(self._batches, self.collected, self.spec.action_repeat)
             refs = self._recent.draw(self.config.batch - rehearsed, rng) + self._rehearsal.draw(rehearsed, rng)
             self._limiter.sample(steps)
             self._batches += 1

@@ -400,6 +400,11 @@ def test_the_ratio_follows_its_schedule(online, pool):
     assert all(rows == {0} for steps, rows in seen.items() if steps > 60)
 
 
+def test_the_ratios_schedule_may_count_frames():
+    config = replace(CONFIG, batch=8, rehearsal_share="linear(1,0,80) frames")
+    assert [config.rehearsal_rows(0, steps, action_repeat=2) for steps in (0, 10, 20, 40)] == [8, 6, 4, 0]
+
+
 def slow_positions(lengths, length):
     """Every (row, start) that a sequence may begin at, one by one."""
     return [(row, start) for row, t in lengths for start in range(t + 1) if start == 0 or start + length <= t + 1]
