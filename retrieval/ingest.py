@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.metrics import Progress
 from retrieval.formats.npz import write_npz
 from retrieval.formats.registry import open_source
-from retrieval.formats.source import Bounds, Entry, Loaded, Options, Source
+from retrieval.formats.source import Entry, Loaded, Options, Source
+from retrieval.scales import Scales
 from retrieval.store import TrajectoryStore
 
 __all__ = ["IngestReport", "Options", "Plan", "forecast", "ingest", "open_source", "plan", "run", "write_npz"]
 
-LOG = "ingested.jsonl"  # in the store: a line an ingestion, with how actions were scaled
 Decoded = tuple[Entry, Future[Loaded]]
 AHEAD_BYTES = 1 << 29  # of episodes decoded and not yet written
 COMMIT_S = 5.0  # what a kill can cost
@@ -126,7 +125,7 @@ def run(
                     _tell(progress, done, total, report)
     finally:
         episodes.close()
-        scales.log(origin, report)
+        _log(scales, origin, report)
     if not planned.entries:
         _tell(progress, done, total, report)
     return report
@@ -178,37 +177,9 @@ def _add(loaded: Loaded, store: TrajectoryStore, report: IngestReport, scales: S
     report.clipped += loaded.clipped
 
 
-class Scales:
-    """From which bounds the actions of each embodiment of a store were scaled: for one robot always from the same."""
-
-    def __init__(self, store: Path) -> None:
-        self._path = store / LOG
-        self._known: dict[str, Bounds | None] = {}
-        self._used: dict[str, Bounds | None] = {}
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a torn line
-                for embodiment, bounds in json.loads(line)["actions"].items():
-                    self._known[embodiment] = bounds and Bounds(tuple(bounds["low"]), tuple(bounds["high"]))
-
-    def require(self, embodiment: str, bounds: Bounds | None) -> None:
-        """UsageError if the store's actions of that embodiment were scaled otherwise."""
-        known = self._known.setdefault(embodiment, bounds)
-        if (known and (known.low, known.high)) != (bounds and (bounds.low, bounds.high)):
-            ours, theirs = (f"scaled from {b}" if b else "taken as they are" for b in (known, bounds))
-            raise UsageError(
-                f"The actions of {embodiment} in this store were {ours}; these would be {theirs}. Give the same "
-                "--action-low and --action-high, or another --embodiment."
-            )
-        self._used[embodiment] = bounds
-
-    def log(self, origin: str, report: IngestReport) -> None:
-        """Adds what was done to the store's log."""
-        if not report.added and not report.failed:
-            return
-        row = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "source": origin, "added": report.added,
-            "known": report.skipped_known, "clipped": report.clipped, "failed": report.failed,
-            "actions": {name: bounds and asdict(bounds) for name, bounds in self._used.items()},
-        }  # fmt: skip
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def _log(scales: Scales, origin: str, report: IngestReport) -> None:
+    if report.added or report.failed:
+        scales.log({
+            "source": origin, "added": report.added, "known": report.skipped_known, "clipped": report.clipped,
+            "failed": report.failed,
+        })  # fmt: skip

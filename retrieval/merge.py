@@ -10,6 +10,7 @@ import numpy as np
 from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.metrics import Progress
 from retrieval.files import is_locked
+from retrieval.scales import Scales
 from retrieval.store import TrajectoryStore
 
 SPARE = 1.02  # of what is added: catalog and headers
@@ -31,7 +32,8 @@ def merge(
 ) -> MergeReport:
     """Adds the trajectories of `source` that `pool`, a writable store, does not have, known by their ids.
 
-    Everything that could be refused is looked at first: UsageError (the same store, no room on the disk), SpecMismatch
+    Everything that could be refused is looked at first: UsageError (the same store, no room on the disk, an
+    embodiment whose actions were scaled from other bounds when they were ingested), SpecMismatch
     (an embodiment with another spec, or rendered otherwise unless `mix_renderers`). A merge that was interrupted is
     continued by calling it again. Trajectories that are damaged, or another than the pool's of their id, end up in
     `failed`.
@@ -45,6 +47,7 @@ def merge(
     _require_room(source, pool, new)
     if progress is not None and not new:
         progress(len(rows), len(rows), {"added": 0, "known": report.known, "failed": len(report.failed)})
+    scales = _require_same_scales(source, pool)
     with pool.batch():
         for done, row in enumerate(new, len(rows) - len(new) + 1):
             try:
@@ -53,6 +56,8 @@ def merge(
                 report.failed.append((source.catalog.id(row), str(error)))
             if progress is not None:
                 progress(done, len(rows), {"added": report.added, "known": report.known, "failed": len(report.failed)})
+    if report.added:
+        scales.log({"source": str(source.path), "added": report.added, "known": report.known, "failed": report.failed})
     return report
 
 
@@ -69,6 +74,14 @@ def _require_fitting(source: TrajectoryStore, pool: TrajectoryStore, mix_rendere
                 f"{name} was rendered by '{known.renderer}' in {pool.path} and by '{spec.renderer}' in {source.path}: "
                 "their pixels differ. Say --mix-renderers to merge them all the same."
             )
+
+
+def _require_same_scales(source: TrajectoryStore, pool: TrajectoryStore) -> Scales:
+    """The pool's. UsageError if actions of one embodiment were scaled from different bounds."""
+    ours, theirs = Scales(pool.path), Scales(source.path)
+    for name in source.specs:
+        ours.require(name, theirs.of(name))
+    return ours
 
 
 def _known(source: TrajectoryStore, pool: TrajectoryStore, row: int, report: MergeReport) -> bool:

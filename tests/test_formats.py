@@ -19,6 +19,7 @@ from gsa.schema import ArraySpec
 from retrieval.formats.images import channels_last, resized
 from retrieval.formats.isolated import Isolated
 from retrieval.ingest import Options, ingest, open_source
+from retrieval.merge import merge
 from retrieval.store import TrajectoryStore
 from tests.datasets import Play, assert_aligned, play, write_lerobot, write_minari, write_robomimic
 from tests.test_ingest import record, save
@@ -201,11 +202,16 @@ def test_a_robots_actions_are_scaled_from_the_same_bounds_for_good(tmp_path: Pat
     write_lerobot(tmp_path / "b", PLAYS[1:], scale=30)
     ingest(tmp_path / "a", store)
     half = Options(action_low=(-60,), action_high=(60,))
-    with pytest.raises(UsageError, match=r"scaled from \[-30, -30\] to \[30, 30\].*would be.*\[-60\] to \[60\]"):
+    with pytest.raises(UsageError, match=r"scaled from \[-30, -30\] to \[30, 30\].*would be from \[-60\] to \[60\]"):
         ingest(tmp_path / "b", store, options=half)
     with TrajectoryStore.create(tmp_path / "other") as other:
         ingest(tmp_path / "b", other, options=half)
         np.testing.assert_allclose(other.read(0).action, PLAYS[1].action / 2, atol=1e-6)
+        for take in (lambda: ingest(tmp_path / "other", store), lambda: merge(other, store)):
+            with pytest.raises(UsageError, match=r"lerobot/so100 .* scaled from \[-30, -30\]"):
+                take()
+    write_lerobot(tmp_path / "c", PLAYS[2:])  # as it is, in [-1, 1]
+    assert ingest(tmp_path / "c", store).added == 1
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gsa.errors import UsageError
 from retrieval.formats.source import Entry, Loaded, Options, stored_bytes
+from retrieval.scales import Scales
 from retrieval.store import TrajectoryStore
 
 
@@ -22,6 +23,7 @@ class StoreSource:
         self._path, self._options = path, options
         self._store = TrajectoryStore.open(path)
         self._rows = self._store.rows().tolist()
+        self._scales = Scales(path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,7 +41,7 @@ class StoreSource:
         trajectory = self._store.read(row)
         if self._options.drop_rewards:
             trajectory = replace(trajectory, reward=None)
-        return Loaded(trajectory, self._store.spec(row))
+        return Loaded(trajectory, self._store.spec(row), bounds=self._scales.of(trajectory.embodiment))
 
     def close(self) -> None:
         self._store.close()
