@@ -104,6 +104,8 @@ class FinetuneConfig:
         for name in (*at_least_one, "checkpoint_every_frames", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1.")
+        if self.imagination_starts is not None and self.imagination_starts < 0:
+            raise UsageError("--imagination-starts must be 0, for every state of the batch, or more.")
         if not self.env_timeout_s > 0:
             raise UsageError("--env-timeout-s must be positive.")
         if self.uses_pool and (self.store is None or self.world_model is None):

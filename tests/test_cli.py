@@ -168,6 +168,26 @@ def test_the_resolved_config_keeps_no_password(tmp_path):
     assert configs.load(FinetuneConfig, tmp_path / "run" / "config.yaml").task == "dmc/walker-walk"
 
 
+@pytest.mark.parametrize(
+    ("flag", "starts"), [((), 256), (("--imagination-starts", "7"), 7), (("--imagination-starts", "0"), 0)]
+)
+def test_imagination_starts_are_what_was_asked_for_or_the_sizes_own(flag, starts, tmp_path):
+    from deploy import parts, run
+
+    given = ["finetune", "--task", "dmc/cartpole-balance", "--method", "scratch", "--out", str(tmp_path / "run"), *flag]
+    settings = cli._parse(given).settings
+    run._begin(settings, tmp_path / "run", PRESETS["tiny"].world_model, "tiny", 1)
+    assert parts.Architecture.load(tmp_path / "run").behaviour.imagination_starts == starts
+
+
+def test_fewer_than_no_imagination_starts_are_refused(capsys, tmp_path):
+    said = refused(
+        capsys, "finetune", "--task", "dmc/cartpole-balance", "--method", "scratch", "--out", tmp_path / "run",
+        "--imagination-starts=-1",
+    )  # fmt: skip
+    assert "--imagination-starts must be 0" in said
+
+
 def test_a_bug_is_told_from_a_wrong_use(capsys, monkeypatch):
     monkeypatch.setattr(cli.Tasks, "__call__", lambda self: 1 / 0)
     assert cli.main(["tasks"]) == 1
