@@ -25,7 +25,7 @@ class Rival:
         self.built = self._answer()
 
     def update(self) -> dict[str, Any]:
-        """Runs one update: seconds, and the process's peak memory in MB so far."""
+        """Runs one update: seconds, seconds of CPU over all threads, and the process's peak memory in MB so far."""
         assert self._process.stdin is not None
         self._process.stdin.write("update\n")
         self._process.stdin.flush()
@@ -52,9 +52,10 @@ def main() -> None:
         update, weights = importlib.import_module(module).build(case)
         _say(answers, parameters=weights, built_mb=_peak_mb())
         for _ in sys.stdin:
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             update()
-            _say(answers, seconds=time.perf_counter() - started, peak_mb=_peak_mb())
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
+            _say(answers, seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=_peak_mb())
 
 
 def _say(answers: Any, **values: float) -> None:
