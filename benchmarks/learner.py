@@ -9,7 +9,7 @@ processor has units for it: for information, no goal.
 
 Speeds are by the wall clock; the seconds of CPU beside them, with the ratio of those, are what a busy machine disturbs
 least. Memory is the peak of the whole process. Where the time goes is measured part by part, forward and backward,
-against the floor that the part's matrix products and convolutions have at the best rate of a matrix product in this run.
+against the floor that its matrix products and convolutions have at the best rate of a matrix product in this run.
 
 `--paper-step 1` takes one optimiser step of pre-training at the paper's size instead, and tells its peak memory.
 
