@@ -1,44 +1,50 @@
-"""Generating pools locally: episodes of given sources, one npz file each, in the layout of the published pools.
+"""Generating pools locally: episodes of given sources, one npz file each in the layout of the published pools, or
+straight into a store.
 
     OUT/metaworld/reach-v3/scripted-0.5/spec.json
     OUT/metaworld/reach-v3/scripted-0.5/<time>-<hex>-<episode>-<agent steps>.npz
-    OUT/episodes.jsonl    a row a finished episode, with the return that the file does not hold
+    OUT/episodes.jsonl    a row a finished episode, with the return that the pool does not hold
     OUT/collect.json      the report
 
 An episode depends on nothing but (seed, source, episode number), so an interrupted collection is continued by running
-it again, and two machines make the same pool.
+it again, and any number of processes, on any machine, makes the same pool.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors import sources
-from actors.environment import Environment, Profile, Step, make
+from actors.environment import Environment, Observation, Profile, Step, make
 from actors.sources import Behaviour, Source
 from gsa.errors import EnvironmentFault, Unavailable, UsageError
 from gsa.metrics import Progress
-from gsa.schema import Controller, Trajectory
+from gsa.schema import Spec, Trajectory
 from retrieval.ingest import write_npz
+from retrieval.store import TrajectoryStore
 
 RECORDS, REPORT, SPEC = "episodes.jsonl", "collect.json", "spec.json"
 EPOCH = datetime.datetime(2000, 1, 1)
 HISTOGRAM_BINS = 10
 EPISODE_S = 1800.0  # for one episode, the slowest planner included: what takes longer hangs
+AHEAD = 4  # episodes under way or waiting for an earlier one, for each process
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,25 @@ class CollectPlan:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UsageError("There is nothing to collect: name at least one source.")
-        if len(dict(self.parsed())) < len(self.sources):
+        if len({source.name for source, _ in self.parsed()}) < len(self.sources):
             raise UsageError("A source is named twice.")
         for name, episodes in self.sources:
             if episodes < 1:
                 raise UsageError(f"{name}: the number of episodes must be at least 1, not {episodes}.")
 
-    def parsed(self) -> list[tuple[str, int]]:
-        """The sources in their canonical spelling."""
-        return [(sources.parse(name, self.imports).name, episodes) for name, episodes in self.sources]
+    def parsed(self) -> list[tuple[Source, int]]:
+        """What the names mean. UsageError says what is wrong with one."""
+        return [(sources.parse(name, self.imports), episodes) for name, episodes in self.sources]
 
 
 @dataclass(frozen=True)
 class Job:
     """One episode to collect. Small: it crosses to another process."""
 
-    source: str
+    source: Source
     episode: int
     seed: int
-    out: str
+    out: str  # folder for an npz; "": the trajectory is handed back
     with_reward: bool
     render: Profile
     imports: tuple[str, ...]
@@ -80,61 +86,63 @@ class Job:
     def stem(self) -> str:
         """Of the file's name, without the length."""
         when = EPOCH + datetime.timedelta(seconds=self.seed % 1_000_000_000)
-        name = hashlib.blake2b(f"{self.seed}/{self.source}/{self.episode}".encode(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(f"{self.seed}/{self.source.name}/{self.episode}".encode(), digest_size=16).hexdigest()
         return f"{when:%Y%m%dT%H%M%S}-{name}-{self.episode}"
 
     @property
     def seeds(self) -> tuple[int, int]:
         """Of the environment and of the behaviour."""
-        source = int.from_bytes(hashlib.blake2b(self.source.encode(), digest_size=8).digest(), "big")
+        source = int.from_bytes(hashlib.blake2b(self.source.name.encode(), digest_size=8).digest(), "big")
         first, second = np.random.SeedSequence((self.seed, source, self.episode)).generate_state(2)
         return int(first >> 1), int(second)  # simulators take 31 bits
 
 
-def mixed_plan(tasks: tuple[str, ...], episodes: int) -> CollectPlan:
-    """`episodes` of each task, of mixed quality as in the published pools: from fair to aimless."""
-    behaviours = {
-        "metaworld": ("scripted-0.5", "scripted-1", "scripted-1.5", "scripted-2", "noise-1"),
-        "dmc": ("planner-0.7", "planner-0.3", "objectives-0.5", "noise-1", "noise-2"),
-        "gym": ("noise-0", "noise-1", "noise-2"),
-    }
-    named = []
-    for task in tasks:
-        kinds = behaviours.get(task.split("/", 1)[0], ("noise-1",))
-        shares = [episodes // len(kinds) + (i < episodes % len(kinds)) for i in range(len(kinds))]
-        named += [(f"{task}/{kind}", share) for kind, share in zip(kinds, shares, strict=True) if share]
-    return CollectPlan(tuple(named))
+@dataclass(frozen=True)
+class Collected:
+    """One episode's record, and the trajectory with its spec where it goes into a store."""
+
+    record: dict[str, Any]
+    trajectory: Trajectory | None = None
+    spec: Spec | None = None
 
 
 def collect(
-    plan: CollectPlan, out: str | Path, seed: int = 0, processes: int = 1, progress: Progress | None = None
+    plan: CollectPlan,
+    out: str | Path,
+    seed: int = 0,
+    processes: int = 1,
+    progress: Progress | None = None,
+    store: TrajectoryStore | None = None,
 ) -> dict[str, Any]:
-    """Collects what `plan` names and is not yet in `out`. Returns the report, which is also OUT/collect.json.
+    """Collects what `plan` names and is not yet there. Returns the report, which is also OUT/collect.json.
 
-    One process works in place; more are spawned, each with one thread. Progress counts episodes. An episode in which
-    the simulator fails is left out and listed under "failed". Unavailable: a process died; run it again.
+    Episodes become files in `out`, or trajectories of `store`, in the order of the plan. One process works in place;
+    more are spawned, each with one thread. Progress counts episodes. An episode in which the simulator fails is left
+    out and listed under "failed". Unavailable: a process died; run it again.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(name, episode, seed, str(out), plan.with_reward, plan.render, plan.imports)
-        for name, episodes in plan.parsed()
+        Job(source, episode, seed, str(out) if store is None else "", plan.with_reward, plan.render, plan.imports)
+        for source, episodes in plan.parsed()
         for episode in range(episodes)
     ]
-    done = _finished(out)
+    done = _finished(out, store)
     if any((r["with_reward"], r["render"]) != (plan.with_reward, plan.render) for r in done.values()):
         raise UsageError(f"{out} holds episodes with other settings of reward or render; choose another folder.")
     missing = [job for job in jobs if job.stem not in done]
     failed: list[str] = []
     frames = 0
-    with (out / RECORDS).open("a", buffering=1) as records:
-        for count, result in enumerate(_results(missing, processes), len(jobs) - len(missing) + 1):
+    with (out / RECORDS).open("a", buffering=1) as records, contextlib.closing(_results(missing, processes)) as results:
+        for count, result in enumerate(results, len(jobs) - len(missing) + 1):
             if isinstance(result, str):
                 failed.append(result)
             else:
-                records.write(json.dumps(result) + "\n")
-                done[result["stem"]] = result
-                frames += result["frames"]
+                if store is not None and result.trajectory is not None:
+                    store.append(result.trajectory, result.spec)
+                records.write(json.dumps(result.record) + "\n")
+                done[result.record["stem"]] = result.record
+                frames += result.record["frames"]
             if progress:
                 progress(count, len(jobs), {"frames": frames, "failed": len(failed)})
     report = summarise([done[job.stem] for job in jobs if job.stem in done]) | {"seed": seed, "failed": failed}
@@ -164,36 +172,35 @@ def _quality(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "min": float(returns.min()), "median": float(np.median(returns)), "max": float(returns.max()),
         },
         "score_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "score": float(np.mean([r["score"] for r in rows])),
         "success": float(np.mean(successes)) if successes else None,
     }  # fmt: skip
 
 
 def run_episode(environment: Environment, behaviour: Behaviour, source: str, seeds: tuple[int, int]) -> Trajectory:
     """One whole episode; `seeds` are the environment's and the behaviour's. Return, success, score are in `stats`."""
-    observation = environment.reset(seeds[0])
+    seen: list[Observation] = [environment.reset(seeds[0])]
     behaviour.begin(np.random.default_rng(seeds[1]))
-    pixels: list[np.ndarray] = [observation["pixels"]]
     steps: list[Step] = []
     while not steps or not steps[-1].last:
-        steps.append(environment.step(behaviour.act()))
-        pixels.append(steps[-1].observation["pixels"])
+        steps.append(environment.step(behaviour.act(seen[-1])))
+        seen.append(steps[-1].observation)
     reward = np.array([s.reward for s in steps], np.float32)
     total, success = float(reward.sum(dtype=np.float64)), steps[-1].success
     return Trajectory(
         embodiment=environment.spec.embodiment,
-        observation={"pixels": np.stack(pixels)},
+        observation={name: np.stack([o[name] for o in seen]) for name in seen[0]},
         action=np.stack([s.action for s in steps]),
         discount=np.array([s.discount for s in steps], np.float32),
         reward=reward,
-        controller=np.full(len(steps), Controller.RANDOM, np.uint8),
         source=source,
         stats={"return": total, "score": environment.score(total, success)}
         | ({} if success is None else {"success": success}),
     )
 
 
-def _results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any] | str]:
-    """The record of each job, or why it failed, as they come."""
+def _results(jobs: list[Job], processes: int) -> Generator[Collected | str, None, None]:
+    """What came of each job, or why it failed, in their order."""
     if processes == 1 or len(jobs) < 2:
         try:
             yield from map(_work, jobs)
@@ -202,40 +209,61 @@ def _results(jobs: list[Job], processes: int) -> Iterator[dict[str, Any] | str]:
         return
     with _one_thread_each():
         pool = ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"))
-        futures: list[Future[dict[str, Any] | str]] = []
         try:
-            futures = [pool.submit(_work, job) for job in jobs]
-            for future in as_completed(futures):
-                yield future.result()
+            yield from _in_order(pool, jobs, AHEAD * processes)
         except BrokenProcessPool:
             raise Unavailable("A collecting process died or hung; run the same command again to continue.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _work(job: Job) -> dict[str, Any] | str:
-    """Collects and writes one episode. What the simulator does wrong is a value, all else an error."""
-    source = sources.parse(job.source, job.imports)
+def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Job], ahead: int) -> Iterator[Collected | str]:
+    """Keeps `ahead` jobs with the pool: what is finished early waits in memory."""
+    left = iter(jobs)
+    futures: deque[Future[Collected | str]] = deque(pool.submit(_work, job) for job in islice(left, ahead))
+    while futures:
+        yield futures.popleft().result()
+        futures.extend(pool.submit(_work, job) for job in islice(left, 1))
+
+
+def _work(job: Job) -> Collected | str:
+    """Collects one episode, and writes it if it goes into a file. What the simulator does wrong is a value, all else an
+    error."""
     try:
         with _ended_after(EPISODE_S):
-            environment, behaviour = _environment(source, job)
-            trajectory = run_episode(environment, behaviour, job.source, job.seeds)
+            environment, behaviour = _environment(job)
+            trajectory = run_episode(environment, behaviour, job.source.name, job.seeds)
     except EnvironmentFault as error:
         _release()  # a simulator that failed is not used again
-        return f"{job.source} episode {job.episode}: {error}"
-    folder = Path(job.out) / source.folder
+        return f"{job.source.name} episode {job.episode}: {error}"
+    task, steps, stats = job.source.task, len(trajectory), trajectory.stats
+    record = {
+        "stem": job.stem, "source": job.source.name, "steps": steps,
+        "frames": min(steps * task.action_repeat, task.episode_frames), "return": stats["return"],
+        "score": stats["score"], "success": stats.get("success"), "with_reward": job.with_reward, "render": job.render,
+    }  # fmt: skip
+    if job.out:
+        return Collected(record | {"file": _write(job, trajectory, environment.spec)})
+    controller = job.source.controller
+    stored = dataclasses.replace(
+        trajectory,
+        id=job.stem,
+        reward=trajectory.reward if job.with_reward else None,
+        stats=stats if job.with_reward else {},
+        controller=None if controller is None else np.full(steps, controller, np.uint8),
+    )
+    return Collected(record, stored, environment.spec)
+
+
+def _write(job: Job, trajectory: Trajectory, spec: Spec) -> str:
+    """Writes an npz, and the spec of its folder; returns its path in `job.out`."""
+    folder = Path(job.out) / job.source.folder
     if not (folder / SPEC).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        spec = environment.spec.to_json() | {"source": job.source}
-        _write_atomic(folder / SPEC, json.dumps(spec, indent=1) + "\n")
+        _write_atomic(folder / SPEC, json.dumps(spec.to_json() | {"source": job.source.name}, indent=1) + "\n")
     path = folder / f"{job.stem}-{len(trajectory)}.npz"
     write_npz(path, trajectory, with_reward=job.with_reward)
-    return {
-        "stem": job.stem, "source": job.source, "file": str(path.relative_to(job.out)), "steps": len(trajectory),
-        "frames": min(len(trajectory) * source.task.action_repeat, source.task.episode_frames),
-        "return": trajectory.stats["return"], "score": trajectory.stats["score"],
-        "success": trajectory.stats.get("success"), "with_reward": job.with_reward, "render": job.render,
-    }  # fmt: skip
+    return str(path.relative_to(job.out))
 
 
 @contextlib.contextmanager
@@ -253,13 +281,17 @@ def _ended_after(seconds: float) -> Iterator[None]:
 _held: dict[tuple[Source, Profile], tuple[Environment, Behaviour]] = {}  # at most one
 
 
-def _environment(source: Source, job: Job) -> tuple[Environment, Behaviour]:
+def _environment(job: Job) -> tuple[Environment, Behaviour]:
     """A process keeps its environment from one episode to the next; jobs come sorted by source."""
-    key = (source, job.render)
+    key = (job.source, job.render)
     if key not in _held:
         _release()
-        environment = make(source.task.name, job.render, job.imports)
-        _held[key] = environment, sources.behaviour(source, environment)
+        environment = make(job.source.task.name, job.render, job.imports)
+        if job.out and len(environment.spec.observation) > 1:
+            environment.close()
+            observed = ", ".join(environment.spec.observation)
+            raise UsageError(f"{job.source.task.name} observes {observed}; an npz holds one: collect into a --store.")
+        _held[key] = environment, sources.behaviour(job.source, environment)
     return _held[key]
 
 
@@ -268,14 +300,16 @@ def _release() -> None:
         _held.popitem()[1][0].close()
 
 
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """The records, by stem, of the episodes whose files are there. A torn last line is an episode not recorded."""
+def _finished(out: Path, store: TrajectoryStore | None) -> dict[str, dict[str, Any]]:
+    """The records, by stem, of the episodes that are there. A torn last line is an episode not recorded."""
     found = {}
     path = out / RECORDS
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if (out / record["file"]).exists():
+            file = out / record["file"] if "file" in record else None
+            in_folder = store is None and file is not None and file.exists()
+            if in_folder or (store is not None and store.find(record["stem"]) is not None):
                 found[record["stem"]] = record
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from actors.environment import Frame, Profile
+from actors.environment import Frame, Observation, Profile
 from actors.rendering import Renderer
 from actors.tasks import Task
 
@@ -72,7 +72,7 @@ class Scripted:
     def begin(self, rng: np.random.Generator) -> None:
         self._rng, self._policy = rng, self._policy_class()  # some policies remember
 
-    def act(self) -> np.ndarray:
+    def act(self, observation: Observation) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that its gains exceed the action space, which clips them
             action = np.clip(self._policy.get_action(self._simulation.state), -1, 1)

@@ -20,6 +20,7 @@ from mujoco.rollout import rollout
 
 from actors.dmc import DMControl
 from actors.dmc_rewards import CUSTOM, STOCK, Features, Reward
+from actors.environment import Observation
 
 MIN_SAMPLES = 2
 TEMPERATURE = 0.1  # of the weights, in units of the spread of the candidates' returns
@@ -54,32 +55,42 @@ SENSORS: dict[str, dict[str, Sensor]] = {
         "cart_position": ("JOINTPOS", "JOINT", "slider", 0), "upright": ("FRAMEZAXIS", "XBODY", "pole_1", 2),
         "pole_speed": ("JOINTVEL", "JOINT", "hinge_1", 0), "control": ("ACTUATORFRC", "ACTUATOR", "slide", 0),
     },
-    "acrobot": {"tip": ("FRAMEPOS", "SITE", "tip", None), "target": ("FRAMEPOS", "SITE", "target", None)},
+    "acrobot": {
+        "tip": ("FRAMEPOS", "SITE", "tip", None), "target": ("FRAMEPOS", "SITE", "target", None),
+        "spin": ("JOINTVEL", "JOINT", "shoulder", 0),
+    },
     "cheetah": {
         "speed": ("SUBTREELINVEL", "BODY", "torso", 0), "torso_height": ("FRAMEPOS", "XBODY", "torso", 2),
         "front_foot": ("FRAMEPOS", "XBODY", "ffoot", 2), "back_foot": ("FRAMEPOS", "XBODY", "bfoot", 2),
+        "spin": ("FRAMEANGVEL", "XBODY", "torso", 1),
     },
     "walker": {
         "speed": ("SUBTREELINVEL", "BODY", "torso", 0), "torso_height": ("FRAMEPOS", "XBODY", "torso", 2),
-        "upright": ("FRAMEZAXIS", "XBODY", "torso", 2),
+        "upright": ("FRAMEZAXIS", "XBODY", "torso", 2), "spin": ("FRAMEANGVEL", "XBODY", "torso", 1),
         **{n: ("FRAMEPOS", "XBODY", n, 2) for n in ("left_foot", "right_foot", "left_thigh", "right_thigh")},
     },
     "quadruped": {
         "upright": ("FRAMEZAXIS", "XBODY", "torso", 2), "velocity": ("VELOCIMETER", "SITE", "torso", None),
-        "mass_height": ("SUBTREECOM", "BODY", "torso", 2),
+        "mass_height": ("SUBTREECOM", "BODY", "torso", 2), "spin": ("FRAMEANGVEL", "XBODY", "torso", 2),
     },
 }  # fmt: skip
 
-# feature → range from which random objectives draw their targets
+# feature → range from which random objectives draw their targets: metres, metres a second, radians a second
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "cartpole": {"cart_position": (-1.5, 1.5), "upright": (-1, 1), "pole_speed": (-5, 5)},
-    "acrobot": {"tip_to_target": (0, 4)},
-    "cheetah": {"speed": (-6, 8), "torso_height": (0.2, 1.2), "front_foot": (0, 1.2), "back_foot": (0, 1.2)},
+    "acrobot": {"tip_to_target": (0, 4), "spin": (-6, 6)},
+    "cheetah": {
+        "speed": (-6, 8), "torso_height": (0.2, 1.2), "front_foot": (0, 1.2), "back_foot": (0, 1.2), "spin": (-8, 8),
+    },
     "walker": {
         "speed": (-4, 5), "torso_height": (0.1, 1.3), "upright": (-1, 1), "left_foot": (0, 1.2), "right_foot": (0, 1.2),
+        "spin": (-8, 8),
     },
-    "quadruped": {"upright": (-1, 1), "forward_speed": (-2, 3), "torso_speed": (0, 5), "mass_height": (0.1, 1.0)},
+    "quadruped": {
+        "upright": (-1, 1), "forward_speed": (-2, 3), "torso_speed": (0, 5), "mass_height": (0.1, 1.0), "spin": (-4, 4),
+    },
 }  # fmt: skip
+POSE = "pose"  # the feature that a pose is: the angles of all joints with limits, each 0…1 within them
 
 
 def task_objective(task: str) -> Reward:
@@ -87,19 +98,25 @@ def task_objective(task: str) -> Reward:
     return {**STOCK, **CUSTOM}[task.removesuffix("-hard")]
 
 
-def random_objective(domain: str, rng: np.random.Generator) -> Reward:
-    """Bring one to three randomly chosen features to randomly drawn values."""
-    ranges = TARGETS[domain]
+def random_objective(model: PlanningModel, rng: np.random.Generator) -> Reward:
+    """Bring one to three randomly chosen features to randomly drawn values: speeds, heights, spins, a pose."""
+    ranges: dict[str, tuple[Any, Any]] = dict(TARGETS[model.domain])
+    if model.joints:
+        ranges[POSE] = np.zeros(len(model.joints)), np.ones(len(model.joints))
     count = int(rng.integers(1, min(3, len(ranges)) + 1))
     chosen = sorted(rng.choice(sorted(ranges), count, replace=False))
     targets = {name: rng.uniform(*ranges[name]) for name in chosen}
     margins = {name: (ranges[name][1] - ranges[name][0]) / 2 for name in chosen}
 
     def objective(features: Features) -> np.ndarray:
-        terms = [tolerance(features[n], (t, t), margins[n], "long_tail") for n, t in targets.items()]
-        return np.mean(terms, 0)
+        return np.mean([_closeness((features[n] - t) / margins[n], n == POSE) for n, t in targets.items()], 0)
 
     return objective
+
+
+def _closeness(distance: np.ndarray, is_vector: bool) -> np.ndarray:
+    near = tolerance(distance, (0, 0), 1.0, "long_tail")
+    return near.mean(-1) if is_vector else near
 
 
 class PlanningModel:
@@ -113,7 +130,14 @@ class PlanningModel:
                 name=f"feature_{name}", type=getattr(mujoco.mjtSensor, f"mjSENS_{kind}"),
                 objtype=getattr(mujoco.mjtObj, f"mjOBJ_{type_}"), objname=object_,
             )  # fmt: skip
+        limited = [joint for joint in spec.joints if joint.range[1] > joint.range[0]]
+        for joint in limited:
+            spec.add_sensor(
+                name=f"joint_{joint.name}", type=mujoco.mjtSensor.mjSENS_JOINTPOS,
+                objtype=mujoco.mjtObj.mjOBJ_JOINT, objname=joint.name,
+            )  # fmt: skip
         self.model = spec.compile()
+        self.joints = [joint.name for joint in limited]
         self.model.opt.timestep = simulation.environment.control_timestep() / self.horizon.substeps
         self.data = mujoco.MjData(self.model)
         self._frames = simulation.action_repeat
@@ -131,6 +155,10 @@ class PlanningModel:
         for name, (_, _, _, component) in SENSORS[self.domain].items():
             start = int(self.model.sensor(f"feature_{name}").adr[0])
             read[name] = sensed[..., start : start + 3] if component is None else sensed[..., start + component]
+        if self.joints:
+            addresses = [int(self.model.sensor(f"joint_{name}").adr[0]) for name in self.joints]
+            low, high = np.array([self.model.joint(name).range for name in self.joints]).T
+            read[POSE] = (sensed[..., addresses] - low) / (high - low)
         if self.domain == "quadruped":
             read["forward_speed"] = read["velocity"][..., 0]
             read["torso_speed"] = np.linalg.norm(read["velocity"], axis=-1)
@@ -139,11 +167,17 @@ class PlanningModel:
         return read
 
 
+DrawObjective = Callable[[PlanningModel, np.random.Generator], Reward]
+
+
 class Planner:
     """Chooses actions for one DMControl simulation by planning. `quality` 0…1: candidates, and noise on top."""
 
     def __init__(
-        self, simulation: DMControl, quality: float, draw_objective: Callable[[np.random.Generator], Reward]
+        self,
+        simulation: DMControl,
+        quality: float,
+        draw_objective: Callable[[PlanningModel, np.random.Generator], Reward],
     ) -> None:
         self._simulation, self._draw_objective = simulation, draw_objective
         self._model = PlanningModel(simulation)
@@ -153,13 +187,13 @@ class Planner:
 
     def begin(self, rng: np.random.Generator) -> None:
         horizon = self._model.horizon
-        self._rng, self._objective = rng, self._draw_objective(rng)
+        self._rng, self._objective = rng, self._draw_objective(self._model, rng)
         self._plan = np.zeros((horizon.steps, self._action_dim))
         self._mix = _interpolation(horizon.knots, horizon.steps)
         self._step = 0
 
-    def act(self) -> np.ndarray:
-        """The next action [A], not clipped. The simulation must have executed the last one."""
+    def act(self, observation: Observation | None = None) -> np.ndarray:
+        """The next action [A], not clipped, whatever is seen. The simulation must have executed the last one."""
         horizon = self._model.horizon
         since = self._step % horizon.replan
         if since == 0:

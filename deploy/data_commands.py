@@ -15,25 +15,30 @@ from retrieval.formats.source import Options
 
 @dataclass(frozen=True)
 class Collect:
-    """Generate a pool of trajectories with scripted policies, planners and noise; no reward is stored."""
+    """Generate a pool of trajectories with scripted policies, planners, agents and noise; no reward is stored."""
 
     source: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE:EPISODES")]
-    """What to collect and how many episodes: metaworld/<task>/scripted-<sigma>:20, dmc/<task>/noise-<beta>:10,
-    dmc/<task>/planner-<quality>:5."""
+    """What to collect and how many episodes: metaworld/<task>/scripted-<sigma>:20, dmc/<task>/planner-<quality>:5,
+    dmc/<task>/objectives-<quality>:5, <task>/noise-<beta>:10, <task>/agent:<folder>:5, <task>/mixed:25. A * in the
+    task stands for many: 'metaworld/*/mixed:25'."""
     out: Path
-    """Folder for the episodes, an npz file each; what is there already is kept."""
+    """Folder for the episodes, an npz file each, and the report; what is there already is kept."""
+    store: Path | None = None
+    """Collect straight into this store instead of files; created if it is not there."""
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    """Compression of a new store."""
     seed: int = 0
     processes: int = 0
-    """Parallel processes; 0: one a core."""
+    """Parallel processes; 0: one a core. The pool is the same whatever their number."""
     render: Literal["fast", "faithful"] = "fast"
     with_reward: bool = False
     """Store rewards too."""
+    imports: Imports = ()
 
     def __call__(self) -> int:
         from deploy import pool
 
-        sources = [pool.source_count(text) for text in self.source]
-        return pool.collect(sources, self.out, self.seed, self.processes, self.render, self.with_reward)
+        return pool.collect(self)
 
 
 @dataclass(frozen=True)

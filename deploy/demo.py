@@ -13,6 +13,7 @@ from actors.guidance import GuidanceConfig
 from deploy import pool, rehearsal, stages
 from deploy import run as runs
 from deploy.config import FinetuneConfig
+from deploy.data_commands import Collect
 from deploy.progress import console
 from gsa.errors import UsageError
 from learner.config import CloneConfig, ComputeConfig, LearnerConfig, OptimiserConfig, PretrainConfig
@@ -85,7 +86,7 @@ def demo(out: Path, quick: bool, seed: int) -> int:
     settings = plan(quick, out, seed)
     started = time.perf_counter()
     with runs.stage(out, "collect"):
-        pool.collect(settings.sources, out / "episodes", seed, 0, "fast", False)
+        pool.collect(Collect(tuple(f"{name}:{n}" for name, n in settings.sources), out / "episodes", seed=seed))
     with runs.stage(out, "ingest"):
         pool.ingest(out / "episodes", out / "pool", "auto", "none")
     pool.store_info(out / "pool")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,23 +14,23 @@ from retrieval.manifest import Manifest
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
-    from actors.environment import Profile
-    from deploy.data_commands import StoreShow
+    from deploy.data_commands import Collect, StoreShow
     from retrieval.formats.source import Options
 
 FAULTS_FOUND = 1
 
 
-def collect(
-    sources: Sequence[tuple[str, int]], out: Path, seed: int, processes: int, render: Profile, with_reward: bool
-) -> int:
-    """Generates episodes as npz files. 1 where simulators failed."""
+def collect(command: Collect) -> int:
+    """Generates episodes as npz files or into a store, and a page about them. 1 where simulators failed."""
     from actors.collect import CollectPlan
     from actors.collect import collect as collect_all
+    from reports.pool_page import write_pool_page
 
-    plan = CollectPlan(tuple(sources), with_reward, render)
-    with bar("collect") as progress:
-        report = collect_all(plan, out, seed, processes or os.cpu_count() or 1, progress)
+    named = tuple(pair for text in command.source for pair in source_counts(text))
+    plan = CollectPlan(named, command.with_reward, command.render, command.imports)
+    processes = command.processes or os.cpu_count() or 1
+    with _collected_into(command.store, command.codec) as store, bar("collect") as progress:
+        report = collect_all(plan, command.out, command.seed, processes, progress, store)
     for source, row in report["sources"].items():
         success = "" if row["success"] is None else f"  success {row['success']:.0%}"
         console.print(
@@ -38,7 +38,17 @@ def collect(
         )
     for failure in report["failed"]:
         console.print(f"  failed: {failure}", soft_wrap=True)
+    console.print(f"What was collected: {write_pool_page(command.out / 'collect.html', report)}", soft_wrap=True)
     return FAULTS_FOUND if report["failed"] else 0
+
+
+@contextlib.contextmanager
+def _collected_into(path: Path | None, codec: str) -> Iterator[TrajectoryStore | None]:
+    if path is None:
+        yield None
+        return
+    with TrajectoryStore.open(path, write=True) if path.exists() else TrajectoryStore.create(path, codec) as store:
+        yield store
 
 
 def ingest(source: Path, path: Path, format: str, codec: str, options: Options | None = None, jobs: int = 0) -> int:
@@ -146,9 +156,11 @@ def store_export(path: Path, out: Path, format: str, embodiment: str, observatio
     return FAULTS_FOUND if report.failed else 0
 
 
-def source_count(text: str) -> tuple[str, int]:
-    """ "metaworld/reach-v3/scripted-0.5:20" as source and episodes."""
+def source_counts(text: str) -> list[tuple[str, int]]:
+    """ "metaworld/reach-v3/scripted-0.5:20" as source and episodes; several where it stands for several."""
+    from actors.sources import expand
+
     source, colon, episodes = text.rpartition(":")
     if not colon or not episodes.isdigit() or int(episodes) < 1:
         raise UsageError(f"'{text}' is not SOURCE:EPISODES, such as metaworld/reach-v3/scripted-0.5:20.")
-    return source, int(episodes)
+    return expand(source, int(episodes))
