@@ -20,6 +20,29 @@ def test_faithful_dmc_pixels_are_the_suites(environment):
     np.testing.assert_array_equal(image, faithful.simulation.physics.render(64, 64, camera_id=0))
 
 
+@pytest.mark.parametrize(
+    "name", ["cartpole-balance", "acrobot-swingup", "cheetah-run", "walker-walk", "quadruped-walk"]
+)
+def test_faithful_dmc_episodes_are_those_of_the_pixels_wrapper(name, environment):
+    """Bit for bit, reset and steps, against an environment of dm_control's own."""
+    from dm_control import suite
+    from dm_control.suite.wrappers import pixels
+
+    ours = environment(f"dmc/{name}", render="faithful")
+    domain, task = name.split("-", 1)
+    stock = suite.load(domain, task, task_kwargs={"random": 3})
+    camera = 2 if domain == "quadruped" else 0
+    theirs = pixels.Wrapper(stock, render_kwargs={"width": 64, "height": 64, "camera_id": camera})
+    np.testing.assert_array_equal(ours.reset(3)["pixels"], theirs.reset().observation["pixels"])
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        action = rng.uniform(-1, 1, ours.task.action_dim).astype(np.float32)
+        stock.step(action)
+        expected = theirs.step(action).observation["pixels"]
+        np.testing.assert_array_equal(ours.step(action).observation["pixels"], expected)
+    stock.physics.free()
+
+
 def test_faithful_metaworld_pixels_are_gymnasiums_turned_upright_from_the_moved_camera(environment):
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 

@@ -1,9 +1,11 @@
 """Rewards, against the suites themselves and against their definitions."""
 
+import mujoco
 import numpy as np
 import pytest
 
 from actors import dmc_rewards
+from actors.planner import _model_xml
 
 
 @pytest.mark.parametrize("name", ["walker-walk", "cheetah-run", "quadruped-run"])
@@ -130,3 +132,59 @@ def test_metaworld_goals_are_random_and_seen_in_the_first_image(environment):
         np.testing.assert_allclose(simulation.data.site("goal").xpos, goals[-1], atol=1e-6)
         np.testing.assert_allclose(simulation.state[-3:], goals[-1], atol=1e-6)
     assert np.linalg.norm(goals[0] - goals[1]) > 0.01
+
+
+class Oracle:
+    """Quantities of a body from positions and velocities alone: kinematics and Jacobians of a model of its own."""
+
+    def __init__(self, domain):
+        self.model = mujoco.MjModel.from_xml_string(*_model_xml(domain))
+        self.data = mujoco.MjData(self.model)
+
+    def see(self, position, velocity):
+        self.data.qpos[:], self.data.qvel[:] = position, velocity
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        return self
+
+    def centre(self):
+        mass = self.model.body_mass
+        return (mass[:, None] * self.data.xipos).sum(0) / mass.sum()
+
+    def centre_velocity(self):
+        total, jacobian = np.zeros(3), np.zeros((3, self.model.nv))
+        for body, mass in enumerate(self.model.body_mass):
+            mujoco.mj_jacBodyCom(self.model, self.data, jacobian, None, body)
+            total += mass * (jacobian @ self.data.qvel)
+        return total / self.model.body_mass.sum()
+
+    def site_speed(self, name):
+        jacobian = np.zeros((3, self.model.nv))
+        mujoco.mj_jacSite(self.model, self.data, jacobian, None, self.model.site(name).id)
+        return float(np.linalg.norm(jacobian @ self.data.qvel))
+
+    def features(self):
+        height = {self.model.body(b).name: self.data.xpos[b, 2] for b in range(self.model.nbody)}
+        torso = self.model.body("torso").id
+        found = {
+            "speed": self.centre_velocity()[0], "torso_height": height["torso"],
+            "upright": self.data.xmat[torso].reshape(3, 3)[2, 2], "mass_height": self.centre()[2],
+            "front_foot": height.get("ffoot"), "back_foot": height.get("bfoot"), **height,
+        }  # fmt: skip
+        if self.model.nsite and any(self.model.site(i).name == "torso" for i in range(self.model.nsite)):
+            found["torso_speed"] = self.site_speed("torso")
+        return found
+
+
+@pytest.mark.parametrize("name", dmc_rewards.CUSTOM)
+def test_custom_rewards_along_an_episode_follow_from_the_physics_state(name, environment):
+    """Each frame's reward from its positions and velocities, in float64, by other means than the environment's."""
+    one = environment(f"dmc/{name}")
+    simulation, oracle, rng = one.simulation, Oracle(name.split("-")[0]), np.random.default_rng(1)
+    simulation.reset(4)
+    for _ in range(60):
+        action = rng.uniform(-1, 1, one.task.action_dim)
+        reward = simulation.frame(action).reward
+        data = simulation.physics.data
+        features = oracle.see(data.qpos, data.qvel).features()
+        assert reward == pytest.approx(ORACLES[name](features), abs=1e-9)
