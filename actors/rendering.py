@@ -34,6 +34,7 @@ MESH_CELL_M = 0.005  # a pixel of Meta-World's camera is 10 to 20 mm wide where 
 SLICES, STACKS, QUADS = 16, 8, 2  # of a sphere, capsule, cylinder or box; MuJoCo's defaults are 28, 16, 4
 SMALL_MESH_FACES = 200  # meshes up to this size are left as they are
 
+_chosen: dict[str, str] = {}  # backend → why this process took it
 _LIBRARIES = {"egl": ("EGL", "libegl1 libgl1-mesa-dri"), "osmesa": ("OSMesa", "libosmesa6")}
 
 
@@ -51,9 +52,16 @@ def choose_backend() -> str:
     for backend, (library, _) in _LIBRARIES.items():
         if ctypes.util.find_library(library):
             os.environ["MUJOCO_GL"] = backend
+            _chosen[backend] = f"lib{library} is installed"
             return backend
     packages = " or ".join(packages for _, packages in _LIBRARIES.values())
     raise UsageError(f"No OpenGL library for rendering without a display: apt-get install {packages}.")
+
+
+def explain_backend() -> str:
+    """The backend and why it is that one, for a person."""
+    backend = choose_backend()
+    return f"{backend}, as {_chosen.get(backend, 'MUJOCO_GL says')}"
 
 
 def check_rendering(deadline_s: float = 60.0) -> str:

@@ -75,9 +75,12 @@ def _redis() -> str:
 
 
 def _rendering() -> str:
-    from actors.rendering import check_rendering, choose_backend
+    from actors.rendering import check_rendering, explain_backend
 
-    return f"{choose_backend()}: {check_rendering()}"
+    driver = check_rendering()
+    software = any(name in driver for name in ("llvmpipe", "softpipe", "swrast"))
+    note = ": in software, as it found no GPU's driver (docs/environments.md)" if software else ""
+    return f"{explain_backend()}; it drew by {driver}{note}"
 
 
 def _disk() -> Finding:

@@ -181,6 +181,14 @@ def test_check_rendering_draws_and_explains():
     assert rendering.check_rendering().startswith(os.environ["MUJOCO_GL"])
 
 
+def test_the_backend_is_explained():
+    code = "from actors.rendering import explain_backend; print(explain_backend())"
+    for set_to, said in ((None, "egl, as libEGL is installed"), ("egl", "egl, as MUJOCO_GL says")):
+        environ = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | ({"MUJOCO_GL": set_to} if set_to else {})
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
+        assert done.stdout.strip() == said
+
+
 def test_check_rendering_explains_a_broken_backend(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     with pytest.raises(UsageError, match=r"MUJOCO_GL=nonsense failed \(.*nonsense.*\)"):
