@@ -444,6 +444,16 @@ def test_a_run_that_is_over_leaves_no_lasting_key(server, run):
     late.close()
 
 
+def test_a_learner_whose_clock_was_set_back_is_followed(server, run, monkeypatch):
+    with closing(RedisPublisher(server.url, run), RedisSubscriber(server.url, run)) as (before, subscriber):
+        before.publish(snapshot(7))
+        assert subscriber.wait(7, SOON_S).version == 7
+        monkeypatch.setattr("gsa.broadcast.time.time_ns", lambda: 1)
+        with closing(RedisPublisher(server.url, run)) as (after,):
+            after.publish(snapshot(9))
+            assert subscriber.wait(9, SOON_S).version == 9
+
+
 def test_foreign_bytes_at_the_head_are_survived(server, run):
     client = redis.Redis.from_url(server.url)
     client.set(f"gsa:{run}:policy:head", b"9999999999999999999999999 nonsense")

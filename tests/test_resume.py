@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from deploy.cli import main as gsa
 from deploy.config import FinetuneConfig
 from deploy.local import run_local
 from gsa import config as configs
-from gsa.errors import FormatError, Stopped
+from gsa.errors import FormatError, GsaError, Stopped
 from gsa.metrics import read_log
 from learner.checkpoint import Checkpoints, read
 from learner.config import LearnerConfig
@@ -187,6 +189,42 @@ def test_resume_check_finds_a_state_that_does_not_follow(whole, tmp_path, capfd)
     assert f"state.tuner.agent.{name} differs" in capfd.readouterr().out
     shutil.rmtree(run / "checkpoints")
     assert gsa(["resume-check", str(run)]) == 2
+
+
+def test_a_clock_that_is_set_back_a_day_changes_nothing(prepared, whole, tmp_path, monkeypatch):
+    right, looks = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: right() - (86_400 if next(looks) > 20 else 0))
+    assert_same_run(continue_run(copy(prepared, tmp_path / "run")), whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 24 MB: checkpoints fill it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_first_and_nothing_that_was_collected(prepared, whole, tmp_path, small_disk):
+    """The disk fills up while the run saves and stores. It ends with a sentence, or goes on without checkpoints;
+    with room again it goes on to the same end."""
+    run = copy(prepared, small_disk / "run")
+    room = shutil.disk_usage(small_disk).free
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(room - 1_500_000))  # a few episodes fit, no checkpoint does
+    with pytest.raises(GsaError, match="space"):
+        continue_run(run)
+    ballast.unlink()
+    with TrajectoryStore.open(run / "online") as store:
+        kept = len(store)
+        assert store.verify() == []
+    assert 0 < kept < len(online(whole))
+    moved = Path(shutil.move(run, tmp_path / "run"))
+    assert_same_run(continue_run(moved), whole)
 
 
 # Over Ray and Redis
