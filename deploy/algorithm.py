@@ -50,6 +50,7 @@ class GSAConfig(AlgorithmConfig):
         self._dont_auto_sync_env_runner_states = True
         self.restart_failed_env_runners, self.max_num_env_runner_restarts = True, 1_000_000
         self.delay_between_env_runner_restarts_s, self.env_runner_health_probe_timeout_s = 1.0, 0.05
+        self.validate_env_runners_after_construction = False  # RLlib waits for ever; wait_until_alive does not
         self.num_learners = 1  # our learner's place in Tune's resource request
 
     def for_run(self, config: FinetuneConfig, run: Path, redis_url: str) -> GSAConfig:
