@@ -48,18 +48,21 @@ class Packed:
 def pack(snapshot: WeightSnapshot, bf16: bool = False) -> Packed:
     """A copy of the snapshot. With `bf16`, float32 tensors of two or more axes are rounded to bfloat16; biases and
     norms are not. FormatError for a dtype or meta that cannot be published."""
-    tensors, entries, end = [], [], 0
+    entries, end = [], 0
     for name, tensor in snapshot.tensors.items():
         narrow = bf16 and tensor.dtype == np.float32 and tensor.ndim >= 2
         dtype = "bfloat16" if narrow else str(tensor.dtype)
         if dtype not in DTYPES:
             raise FormatError(f"Tensor {name} is of dtype {dtype}; published are {', '.join(DTYPES)}.")
         entries.append((name, dtype, list(tensor.shape), end))
-        tensors.append(to_bfloat16(tensor) if narrow else tensor)
-        end += -(-tensors[-1].nbytes // ALIGN) * ALIGN
+        end += -(-tensor.size * _stored(dtype).itemsize // ALIGN) * ALIGN
     whole = np.zeros(end, np.uint8)
-    for (_, _, shape, offset), tensor in zip(entries, tensors, strict=True):
-        whole[offset : offset + tensor.nbytes].view(tensor.dtype).reshape(shape)[...] = tensor
+    for (_, dtype, shape, offset), tensor in zip(entries, snapshot.tensors.values(), strict=True):
+        into = _view(whole, dtype, shape, offset)
+        if dtype == "bfloat16":
+            to_bfloat16(tensor, into)
+        else:
+            into[...] = tensor
     memory = memoryview(whole)
     chunks = tuple(memory[i : i + CHUNK_BYTES] for i in range(0, end, CHUNK_BYTES))
     return Packed(snapshot.version, chunks, tuple(entries), _plain(snapshot.meta))
@@ -101,10 +104,10 @@ def snapshot(description: bytes, whole: np.ndarray) -> WeightSnapshot:
     return WeightSnapshot(data["version"], tensors, {**data["meta"], "epoch": data["epoch"]})
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 → the upper halves of their bits as uint16, rounded to nearest even."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    out, room = np.empty(flat.shape, np.uint16), np.empty(min(BLOCK, flat.size), np.uint32)
+def to_bfloat16(values: np.ndarray, into: np.ndarray) -> None:
+    """float32 → the upper halves of their bits as uint16, rounded to nearest even, into contiguous memory."""
+    flat, out = np.ascontiguousarray(values).reshape(-1), into.reshape(-1)
+    room = np.empty(min(BLOCK, flat.size), np.uint32)
     for i in range(0, flat.size, BLOCK):  # what fits into the cache at a time
         part = flat[i : i + BLOCK]
         bits, rounded = part.view(np.uint32), room[: part.size]
@@ -118,7 +121,6 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
             suspect = np.isnan(part.sum())
         if suspect:  # rounding could carry a NaN into infinity or zero
             out[i : i + BLOCK][np.isnan(part)] = 0x7FC0
-    return out.reshape(values.shape)
 
 
 def _widened(data: Mapping[str, Any]) -> dict[str, Any]:
