@@ -69,7 +69,7 @@ class Whole(gymnasium.Env):
 for name, limit, kwargs in (
     ("Slider-v0", 5, {}), ("Seeing-v0", 5, {"sees": "image"}), ("Both-v0", 5, {"sees": "both"}),
     ("Telling-v0", 5, {"sees": "telling"}), ("Endless-v0", None, {}), ("Discrete-v0", 5, {"discrete": True}),
-    ("NaN-v0", 5, {"breaks": "nan"}), ("Shape-v0", 5, {"breaks": "shape"}),
+    ("NaNState-v0", 5, {"breaks": "nan"}), ("WrongShape-v0", 5, {"breaks": "shape"}),
 ):
     gymnasium.register(name, Slider, max_episode_steps=limit, kwargs=kwargs)
 gymnasium.register("Whole-v0", Whole, max_episode_steps=5)
@@ -149,7 +149,7 @@ def test_whole_numbered_actions_are_rounded(my_envs, environment):
     assert [one.step(np.array([a])).reward for a in (-1.0, 0.0, 0.24, 1.0)] == [-3, 1, 2, 5]
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("NaN-v0", "state has NaN"), ("Shape-v0", r"the shape \(2,\)")])
+@pytest.mark.parametrize(("name", "complaint"), [("NaNState-v0", "state has NaN"), ("WrongShape-v0", r"the shape \(2,\)")])
 def test_what_is_not_of_its_space_is_a_fault(name, complaint, my_envs, environment):
     with pytest.raises(EnvironmentFault, match=complaint):
         environment(f"gym/{name}", imports=my_envs).reset(0)
@@ -182,7 +182,7 @@ def test_check_env_reports_what_it_found(my_envs, tmp_path, capsys):
 
 
 def test_check_env_names_what_is_wrong(my_envs, capsys):
-    assert cli.main(["check-env", "gym/NaN-v0", "--import", *my_envs]) == 1
+    assert cli.main(["check-env", "gym/NaNState-v0", "--import", *my_envs]) == 1
     said = capsys.readouterr().out
     assert "FAIL  time table" in said
     assert "state has NaN" in said
