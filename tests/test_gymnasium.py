@@ -149,7 +149,9 @@ def test_whole_numbered_actions_are_rounded(my_envs, environment):
     assert [one.step(np.array([a])).reward for a in (-1.0, 0.0, 0.24, 1.0)] == [-3, 1, 2, 5]
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("NaNState-v0", "state has NaN"), ("WrongShape-v0", r"the shape \(2,\)")])
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("NaNState-v0", "state has NaN"), ("WrongShape-v0", r"the shape \(2,\)")]
+)
 def test_what_is_not_of_its_space_is_a_fault(name, complaint, my_envs, environment):
     with pytest.raises(EnvironmentFault, match=complaint):
         environment(f"gym/{name}", imports=my_envs).reset(0)
