@@ -45,10 +45,7 @@ def may_make_namespaces():
     return subprocess.run(["ip", "netns", "del", name]).returncode == 0
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not may_make_namespaces(), reason="needs root, iproute2 and a checkout outside /tmp"),
-]
+pytestmark = pytest.mark.skipif(not may_make_namespaces(), reason="needs root, iproute2 and a checkout outside /tmp")
 
 
 def substituted(text):

@@ -41,9 +41,7 @@ def test_the_contract_sees_an_image_upside_down(environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [task.name for task in tasks.ALL])
-def test_contract_of_every_task(name, request):
-    if "slow" not in request.config.getoption("-m"):
-        pytest.skip("run with -m slow")
+def test_contract_of_every_task(name):
     check_environment(lambda: make(name))
 
 
