@@ -222,7 +222,8 @@ def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Job], ahead: int) -> Ite
     left = iter(jobs)
     futures: deque[Future[Collected | str]] = deque(pool.submit(_work, job) for job in islice(left, ahead))
     while futures:
-        yield futures.popleft().result()
+        future = futures.popleft()
+        yield future.result()
         futures.extend(pool.submit(_work, job) for job in islice(left, 1))
 
 
