@@ -4,6 +4,7 @@ install: what an importer reads can be held against what was played, step by ste
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -162,6 +163,8 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264") -> None:
             frame.pts = t
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:  # SVT-AV1 makes root's process a real-time one, and its children
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _frame(p: Play, t: int, index: int, number: int, scale: float, embedded: Sequence[str]) -> dict[str, Any]:
