@@ -111,7 +111,8 @@ class NodeShare:
             return False
         listening.listen(64)
         self._listening = listening
-        threading.Thread(target=self._serve, args=[listening], name="share-weights", daemon=True).start()
+        self._serving = threading.Thread(target=self._serve, args=[listening], name="share-weights", daemon=True)
+        self._serving.start()
         return True
 
     def offer(self, order: Order, memory: Memory) -> None:
@@ -139,6 +140,7 @@ class NodeShare:
         return None
 
     def close(self) -> None:
+        """Ends it. Where it led, another can lead once this returns."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -147,6 +149,7 @@ class NodeShare:
             with contextlib.suppress(OSError):
                 self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listening.close()
+            self._serving.join(1)  # one that still accepts keeps the address
 
     def _take(self, said: bytes, fd: int) -> tuple[Order, WeightSnapshot]:
         epoch, version, size, description = _SIZES.unpack(said)
