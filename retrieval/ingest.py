@@ -17,12 +17,13 @@ from gsa.metrics import Progress
 from retrieval.formats.npz import write_npz
 from retrieval.formats.registry import open_source
 from retrieval.formats.source import Entry, Loaded, Options, Source
+from retrieval.layout import Layout, arrays_of
 from retrieval.scales import Scales
 from retrieval.store import TrajectoryStore
 
 __all__ = ["IngestReport", "Options", "Plan", "forecast", "ingest", "open_source", "plan", "run", "write_npz"]
 
-Decoded = tuple[Entry, Future[Loaded]]
+Decoded = tuple[Entry, Future[tuple[Loaded, int]]]  # with the checksum of its content
 AHEAD_BYTES = 1 << 29  # of episodes decoded and not yet written
 COMMIT_S = 5.0  # what a kill can cost
 SPARE = 1.02  # of the forecast: headers and catalog
@@ -117,7 +118,7 @@ def run(
                         if entry.id in added:  # the same episode twice in one source
                             report.skipped_known += 1
                         else:
-                            _add(future.result(), store, report, scales)
+                            _add(*future.result(), store, report, scales)
                             added.add(entry.id)
                     except (FormatError, SpecMismatch) as error:
                         report.failed.append((entry.name, str(error)))
@@ -153,21 +154,27 @@ def _decoded(planned: Plan, jobs: int) -> Generator[Decoded, None, None]:
         while waiting or ahead:
             while waiting and len(ahead) <= jobs and _fits(ahead, waiting[0][1]):
                 index, entry = waiting.popleft()
-                ahead.append((entry, pool.submit(planned.source.load, index)))
+                ahead.append((entry, pool.submit(_load, planned.source, index)))
             yield ahead.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _load(source: Source, index: int) -> tuple[Loaded, int]:
+    """An episode and its checksum, which is half of what is left to do for it."""
+    loaded = source.load(index)
+    return loaded, Layout.of(loaded.spec).checksum(arrays_of(loaded.trajectory))
 
 
 def _fits(ahead: Sequence[Decoded], entry: Entry) -> bool:
     return not ahead or sum(e.bytes for e, _ in ahead) + entry.bytes <= AHEAD_BYTES
 
 
-def _add(loaded: Loaded, store: TrajectoryStore, report: IngestReport, scales: Scales) -> None:
+def _add(loaded: Loaded, content: int, store: TrajectoryStore, report: IngestReport, scales: Scales) -> None:
     trajectory = loaded.trajectory
     scales.require(trajectory.embodiment, loaded.bounds)
     try:
-        store.append(trajectory, loaded.spec)
+        store.append(trajectory, loaded.spec, content)
     except UsageError as error:  # the store has another trajectory with its id
         raise FormatError(str(error)) from None
     arrays = (*trajectory.observation.values(), trajectory.action, trajectory.discount, trajectory.reward)

@@ -223,8 +223,9 @@ class TrajectoryStore:
         with self._mutex:
             self._require_writer().add_spec(spec)
 
-    def append(self, trajectory: Trajectory, spec: Spec | None = None) -> int:
+    def append(self, trajectory: Trajectory, spec: Spec | None = None, content: int | None = None) -> int:
         """Adds a trajectory and returns its row; durable when it returns, or at the end of a surrounding `batch`.
+        `content`: the checksum of its content by `Layout.checksum`, where it is known already.
 
         Appending the same trajectory again returns the row it has. UsageError: the id is taken by another one, or
         the embodiment is unknown and no spec given. SpecMismatch: it is not of its embodiment. Unavailable: the
@@ -232,7 +233,7 @@ class TrajectoryStore:
         """
         with self._mutex:
             writer = self._require_writer()
-            row = writer.append(trajectory, spec)
+            row = writer.append(trajectory, spec, content)
             if not self._depth:
                 writer.commit()
             return row

@@ -36,7 +36,7 @@ class Writer:
         self._pending_bytes = 0
         self._next_shard = max(shard_numbers(folder), default=-1) + 1
 
-    def append(self, trajectory: Trajectory, spec: Spec | None) -> int:
+    def append(self, trajectory: Trajectory, spec: Spec | None, content: int | None = None) -> int:
         """Writes a trajectory; it is in the store once `commit` returns. Returns its row.
 
         Appending the same trajectory again gives the row it has. UsageError: the id is taken by another one, or the
@@ -47,7 +47,7 @@ class Writer:
         arrays = arrays_of(trajectory)
         if (size := sum(a.nbytes for a in arrays.values())) > MAX_BYTES:
             raise UsageError(f"{trajectory.name} has {size} bytes; a trajectory has at most {MAX_BYTES}: split it.")
-        content = layout.checksum(arrays)
+        content = layout.checksum(arrays) if content is None else content
         if (row := self._known(trajectory, content)) is not None:
             return row
         record = Record(
