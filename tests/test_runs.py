@@ -129,7 +129,7 @@ def test_every_method_runs(method, pool, tmp_path):
     assert (run / "rehearsal.json").exists() == (method not in ("scratch", "naive"))
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_service_with_every_step(pool, tmp_path):
     """Real Ray, Redis and processes. Both workers are killed by SIGKILL, so that only their successors can go on; then
     the replay service, in the midst of leases and deliveries."""
@@ -144,7 +144,7 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
         try:
             workers = kill_at(process, out, STEPS, "GSAEnvRunner")
             services = kill_at(process, out, 4 * STEPS, "ReplayActor")
-            code = process.wait(200)
+            code = process.wait(400)
         finally:
             process.kill()
     assert code == 0, (tmp_path / "log").read_text()[-3000:]
@@ -156,7 +156,7 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
     """The run's own server is killed by SIGKILL, and the one that takes its place too. Weights go on arriving."""
     out = tmp_path / "run"
@@ -169,7 +169,7 @@ def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             killed = [kill_at(process, out, steps, server) for steps in (2 * STEPS, 5 * STEPS)]
-            code = process.wait(200)
+            code = process.wait(400)
         finally:
             process.kill()
     said = (tmp_path / "log").read_text()
