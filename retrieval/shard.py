@@ -33,6 +33,7 @@ from retrieval.files import WholeFile
 from retrieval.layout import MAX_BYTES, SPEC_KEY, Column, Layout, arrays_of, has_column, require_codec
 
 Wanted = Mapping[str, tuple[int, np.ndarray]]  # column → (first row, array [n, …] for n rows from there on)
+MAX_SCHEMA_BYTES = 1 << 24
 MAGIC_BYTES = 8  # "ARROW1" and padding, before the first message
 NOTE_KEY = b"gsa:trajectory"
 _SIZE = struct.Struct("<q")
@@ -186,10 +187,15 @@ def spec_of(path: Path) -> Spec | None:
     """The embodiment of a shard; None where its head is not whole."""
     try:
         with path.open("rb") as file:
-            file.seek(MAGIC_BYTES)
-            schema = pa.ipc.read_schema(pa.ipc.read_message(file))
+            head = file.read(MAGIC_BYTES + 8)[MAGIC_BYTES:]
+            size = int.from_bytes(head[4:], "little")
+            if size > MAX_SCHEMA_BYTES:  # Arrow would make room for it first
+                return None
+            schema = pa.ipc.read_schema(pa.BufferReader(head + file.read(size)))
         return Spec.from_json(json.loads(schema.metadata[SPEC_KEY]))
     except (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, FormatError):
+        return None
+    except MemoryError:  # another size in it that is not true
         return None
 
 

@@ -459,12 +459,12 @@ def test_a_small_disk_that_is_full(tmp_path: Path) -> None:
     try:
         with TrajectoryStore.create(disk / "s") as store:
             with pytest.raises(Unavailable, match=r"No space left.*make room"):
-                for i in range(200):
+                for i in range(90):
                     store.append(tiny(i, 300), TINY)
             stored = len(store)
             assert stored > 3
             with pytest.raises(Unavailable, match="No space left"):
-                store.append(tiny(250, 10_000))
+                store.append(tiny(99, 10_000))
         with TrajectoryStore.open(disk / "s") as reader:
             for row in range(stored):
                 assert_same(reader.read(row), tiny(row, 300))
