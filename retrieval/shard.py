@@ -186,17 +186,24 @@ def copy(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: s
 def spec_of(path: Path) -> Spec | None:
     """The embodiment of a shard; None where its head is not whole."""
     try:
-        with path.open("rb") as file:
-            head = file.read(MAGIC_BYTES + 8)[MAGIC_BYTES:]
-            size = int.from_bytes(head[4:], "little")
-            if size > MAX_SCHEMA_BYTES:  # Arrow would make room for it first
-                return None
-            schema = pa.ipc.read_schema(pa.BufferReader(head + file.read(size)))
-        return Spec.from_json(json.loads(schema.metadata[SPEC_KEY]))
+        return Spec.from_json(json.loads(schema_of(path).metadata[SPEC_KEY]))
     except (pa.ArrowException, OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, FormatError):
         return None
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """The schema at the head of a shard. FormatError, or what Arrow raises, where it is not whole; a size in it that is
+    not true costs no memory."""
+    with path.open("rb") as file:
+        head = file.read(MAGIC_BYTES + 8)[MAGIC_BYTES:]
+        size = int.from_bytes(head[4:], "little")
+        if size > MAX_SCHEMA_BYTES:  # Arrow would make room for it first
+            raise FormatError(f"{path} claims a schema of {size} bytes.")
+        whole = pa.BufferReader(head + file.read(size))
+    try:
+        return pa.ipc.read_schema(whole)
     except MemoryError:  # another size in it that is not true
-        return None
+        raise FormatError(f"The schema of {path} is damaged.") from None
 
 
 def scan(path: Path, layout: Layout, start: int, codec: str) -> Iterator[tuple[dict[str, Any], Extent, int]]:
@@ -235,8 +242,7 @@ def footer_problem(path: Path) -> str:
     raw, end = memoryview(memory), first_message(memory)
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-            file.seek(MAGIC_BYTES)
-            if not reader.schema.equals(pa.ipc.read_schema(pa.ipc.read_message(file)), check_metadata=True):
+            if not reader.schema.equals(schema_of(path), check_metadata=True):
                 return "its schema is not that of the shard"
         for place in message.blocks(raw):
             batch = message.record_batch(raw, end)
@@ -244,7 +250,7 @@ def footer_problem(path: Path) -> str:
                 return f"it has a record batch at byte {place[0]} instead of {batch.start}"
             end = batch.end
         return "" if raw[end : end + 8] == message.CONTINUATION + bytes(4) else "it lacks a record batch"
-    except (pa.ArrowException, OSError, EOFError, *message.MALFORMED) as error:
+    except (pa.ArrowException, OSError, EOFError, FormatError, *message.MALFORMED) as error:
         return str(error)
 
 

@@ -22,7 +22,7 @@ from retrieval import message
 from retrieval.layout import Layout
 from retrieval.log import Record
 from retrieval.manifest import _crc
-from retrieval.shard import NOTE_KEY
+from retrieval.shard import MAGIC_BYTES, NOTE_KEY, footer_problem, spec_of
 from retrieval.store import TrajectoryStore
 from tests.test_store_recovery import TINY, tiny
 
@@ -228,3 +228,18 @@ def test_arrow_itself_agrees_with_what_is_read_of_its_headers(tmp_path: Path) ->
                 batch, metadata = reader.get_batch_with_custom_metadata(i)
                 assert (found.end, found.rows) == (end, batch.num_rows)
                 assert found.metadata == dict(metadata or {})
+
+
+@pytest.mark.parametrize("size", [0x7FFFFFFF, 1 << 20, 0])
+def test_a_shard_head_that_lies_about_its_size_is_named_by_verify_and_takes_no_memory(
+    tmp_path: Path, size: int
+) -> None:
+    made(tmp_path / "s", "none")
+    (shard,) = (tmp_path / "s" / "shards").iterdir()
+    with shard.open("r+b") as file:
+        file.seek(MAGIC_BYTES + 4)
+        file.write(size.to_bytes(4, "little"))
+    assert footer_problem(shard)
+    assert spec_of(shard) is None
+    with TrajectoryStore.open(tmp_path / "s") as store:
+        assert store.verify()
