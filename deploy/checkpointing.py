@@ -33,11 +33,8 @@ class RunCheckpoints:
     def __init__(self, run: Path, config: FinetuneConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._checkpoints = Checkpoints(run / FOLDER, config.keep_checkpoints)
         self._inputs = inputs_digest(run)
-        self._every_frames, self._every_s, self._clock = (
-            config.checkpoint_every_frames,
-            config.checkpoint_every_s,
-            clock,
-        )
+        self._every_frames, self._every_s = config.checkpoint_every_frames, config.checkpoint_every_s
+        self._clock = clock
         self._saved_frames, self._saved_at = 0, clock()
         self._thread: threading.Thread | None = None
         self._meter = Meter("checkpoint")

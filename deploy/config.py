@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from actors.guidance import GuidanceConfig
+from gsa import config as configs
 from gsa.errors import UsageError
 from learner.config import CloneConfig, LearnerConfig
 from replay_service.config import ReplayConfig
@@ -156,3 +157,11 @@ class FinetuneConfig:
             warmup_episodes=self.warmup_episodes,
             capacity=None if self.capacity_frames is None else self.capacity_frames // action_repeat,
         )
+
+
+def config_of(run: Path) -> FinetuneConfig:
+    """What the run in this folder was told, wherever the folder lies now. UsageError where there is no run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{run} has no run to go on with or to look at: it lacks {path.name}.")
+    return replace(configs.load(FinetuneConfig, path), out=run)

@@ -15,7 +15,7 @@ from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.provenance import require_own_packages
 from deploy.redis_server import EmbeddedRedis
-from gsa.errors import GsaError, Stopped, UsageError
+from gsa.errors import GsaError, UsageError
 from gsa.metrics import Progress
 
 CONNECT_S = 10.0
@@ -51,7 +51,7 @@ def run_distributed(
             algorithm.train()
             if stop is not None and stop.is_set():
                 algorithm.save_now()
-                raise Stopped(f"Stopped at {algorithm.frames} frames; to go on: gsa finetune --resume {run}")
+                raise parts.stopped(algorithm.frames, run)
             now = (algorithm.frames, algorithm.latest.get("replay/sampled", 0.0))
             if now != seen:
                 moved, seen = time.monotonic(), now

@@ -19,7 +19,6 @@ from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
 from deploy.faults import FaultLog
 from gsa.broadcast import MemoryBroadcast
-from gsa.errors import Stopped
 from gsa.metrics import Progress, RunLog
 from gsa.schema import WeightSnapshot
 
@@ -73,7 +72,7 @@ class LocalRun:
         for _ in self.turns(progress):
             if stop.is_set():
                 self._save_and_wait()
-                raise Stopped(f"Stopped at {self.frames} frames; to go on: gsa finetune --resume {self.run}")
+                raise parts.stopped(self.frames, self.run)
         self._save_and_wait()
 
     def turns(self, progress: Progress) -> Iterator[None]:

@@ -28,6 +28,7 @@ from actors.worker import EnvWorker, ReplayLink, WeightLink
 from deploy.config import FinetuneConfig
 from gsa import config as configs
 from gsa.agent.sizes import BehaviourConfig, PriorConfig, WorldModelConfig
+from gsa.errors import Stopped
 from gsa.schema import Batch, Lease, Trajectory, WeightSnapshot
 from replay_service.service import ReplayService
 from retrieval.files import replace_file
@@ -144,6 +145,11 @@ def headline(values: Mapping[str, float]) -> dict[str, float]:
     shown = {"learner/updates": "updates", "eval/score": "score", "worker/faults": "faults", "driver/faults": "faults"}
     numbers = {label: values[name] for name, label in shown.items() if name in values}
     return {label: value for label, value in numbers.items() if value or label != "faults"}
+
+
+def stopped(frames: int, run: Path) -> Stopped:
+    """What a run that was told to stop ends with, once it is saved."""
+    return Stopped(f"Stopped at {frames} frames; to go on: gsa finetune --resume {run}")
 
 
 def save_agent(tuner: FineTuner, config: FinetuneConfig, run: Path) -> Path:

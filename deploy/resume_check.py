@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 from deploy.checkpointing import FOLDER, inputs_digest
-from deploy.config import FinetuneConfig
+from deploy.config import FinetuneConfig, config_of
 from deploy.local import LocalRun
-from gsa import config as configs
 from gsa.errors import UsageError
 from gsa.metrics import Progress, read_log
 from learner.checkpoint import Checkpoints, read
 from retrieval.store import TrajectoryStore
 
-TIMED = ("meter", "checkpoint")  # what tells of time too; the counts in it follow from the rest
+PASSED_OVER = ("meter", "inputs")  # what tells of time too, its counts follow from the rest; and what was compared
 Key = tuple[int, int, bool, list[int]]
 
 
@@ -32,10 +31,7 @@ def resume_check(run: Path, scratch: Path | None, progress: Progress) -> list[st
     A run in one process is gone on with, in a copy, from an older checkpoint to the next one that was kept, and must
     come to the same state bit for bit. One over Ray cannot repeat itself: its checkpoint, store and log must agree.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"{run} has no run in it: it lacks config.yaml.")
-    config = replace(configs.load(FinetuneConfig, path), out=run)
+    config = config_of(run)
     if not config.local:
         return agreement(run, progress)
     paths = Checkpoints(run / FOLDER).paths()
@@ -87,8 +83,8 @@ def agreement(run: Path, progress: Progress) -> list[str]:
 def differences(theirs: Any, ours: Any, where: str = "state") -> list[str]:
     """Where two states differ, by the way to it; what only tells of time is passed over."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        keys = [k for k in ours if k not in TIMED and k != "inputs"]
-        missing = [f"{where}.{k} is on one side only" for k in set(keys) ^ (set(theirs) - {*TIMED, "inputs"})]
+        keys = [k for k in ours if k not in PASSED_OVER]
+        missing = [f"{where}.{k} is on one side only" for k in set(keys) ^ (set(theirs) - {*PASSED_OVER})]
         return missing + [d for k in keys if k in theirs for d in differences(theirs[k], ours[k], f"{where}.{k}")]
     if isinstance(theirs, (torch.Tensor, np.ndarray)):
         return [] if np.array_equal(_array(theirs), _array(ours)) else [f"{where} differs"]

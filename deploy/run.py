@@ -15,7 +15,7 @@ from rich.table import Table
 
 from actors.hosting import Host
 from deploy import models, parts, rehearsal, stages
-from deploy.config import FinetuneConfig
+from deploy.config import FinetuneConfig, config_of
 from deploy.forecast import forecast
 from deploy.processes import stop_on
 from deploy.progress import bar, console
@@ -159,11 +159,8 @@ def resume(folder: Path, changes: Callable[[FinetuneConfig], FinetuneConfig]) ->
 
     Raises UsageError where there is no run, or where a change would make it another run.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no run to go on with: it lacks config.yaml.")
     # The password of a Redis is never kept; FinetuneConfig's own default looks for it in the environment.
-    before = replace(configs.load(FinetuneConfig, path), out=folder, redis_url=os.environ.get("GSA_REDIS_URL"))
+    before = replace(config_of(folder), redis_url=os.environ.get("GSA_REDIS_URL"))
     now = replace(changes(before), out=folder)
     ours, theirs = configs.to_dict(before), configs.to_dict(now)
     if different := [f"{k} {ours[k]} → {theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in MAY_CHANGE]:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploy import models
-from deploy.config import FinetuneConfig
+from deploy.config import config_of
 from deploy.progress import bar, console
 from deploy.stages import load_world_model
-from gsa import config as configs
 from gsa.errors import SpecMismatch, UsageError
 from replay_service.batches import SequenceSampler, cut
 from reports import shift as distances
@@ -83,9 +82,7 @@ def find(command: Shift) -> Sources:
     """What the flags name; what they do not name, from the run's folder."""
     config, run = None, command.run
     if run is not None:
-        if not (run / "config.yaml").exists():
-            raise UsageError(f"{run} is not a run: it has no config.yaml.")
-        config = configs.load(FinetuneConfig, run / "config.yaml")
+        config = config_of(run)
     rehearsed = command.rehearsal or (run / "rehearsal.json" if run is not None else None)
     if command.rehearsal is None and rehearsed is not None and not rehearsed.exists():
         rehearsed = None

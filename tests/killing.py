@@ -13,17 +13,15 @@ import random
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from deploy.config import FinetuneConfig
+from deploy.config import config_of
 from deploy.local import run_local
-from gsa import config as configs
 
 
 def main(run: Path, kills: int, seed: int, longest_s: float = 3.0) -> int:
     rng, struck = random.Random(seed), 0
-    config = replace(configs.load(FinetuneConfig, run / "config.yaml"), out=run)
+    config = config_of(run)
     while True:
         child = os.fork()
         if child == 0:

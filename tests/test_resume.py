@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from safetensors.numpy import load_file
 
 from deploy import run as runs
 from deploy.cli import main as gsa
-from deploy.config import FinetuneConfig
+from deploy.config import FinetuneConfig, config_of
 from deploy.local import run_local
 from gsa import config as configs
 from gsa.errors import FormatError, GsaError, Stopped
@@ -60,8 +59,7 @@ def copy(prepared: Path, to: Path) -> Path:
 
 
 def continue_run(run: Path, stop: threading.Event | None = None) -> Path:
-    loaded = replace(configs.load(FinetuneConfig, run / "config.yaml"), out=run)
-    run_local(loaded, run, lambda *_: None, stop)
+    run_local(config_of(run), run, lambda *_: None, stop)
     return run
 
 
