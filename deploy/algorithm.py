@@ -96,7 +96,6 @@ class GSA(Algorithm):
         self._save: Any = None
         self._restarts = 0
         self._learner_heard = time.monotonic()
-        self._repeat = parts.task(finetune).action_repeat
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
         self._deaths: dict[int, int] = {}  # of each worker since it last made an agent step
 
@@ -106,7 +105,7 @@ class GSA(Algorithm):
         report = self._ask("replay service", self.replay.report, self._episodes)
         if report is None:
             return
-        self.frames, self.done = report["collected"] * self._repeat, report["complete"]
+        self.frames, self.done = report["frames"], report["complete"]
         values = {**report["stats"], **self._workers(), **self._learner()}
         for row in report["episodes"]:
             self.log.write(int(row["frames"]), parts.episode_metrics(row))

@@ -55,7 +55,6 @@ class LocalRun:
         self.checkpoints = RunCheckpoints(run, config)
         self._newest = self.broadcast.subscriber()
         self._published: WeightSnapshot | None = None
-        self._repeat = parts.task(config).action_repeat
         self._log: RunLog | None = None
         self._faults = FaultLog(run)
         self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
@@ -65,7 +64,7 @@ class LocalRun:
     @property
     def frames(self) -> int:
         """Simulator frames collected."""
-        return self.replay.collected * self._repeat
+        return self.replay.frames
 
     def run_to_end(self, progress: Progress, stop: threading.Event) -> None:
         """Collects and learns until the budget is collected and replayed; saves at its end, and where it is stopped."""

@@ -23,7 +23,6 @@ from actors.environment import make
 from actors.guidance import GuidanceConfig, find_guide
 from actors.hosting import Host, InProcess, Isolated
 from actors.rollout import ActingPolicy, Rollout
-from actors.tasks import Task
 from actors.worker import EnvWorker, ReplayLink, WeightLink
 from deploy.config import FinetuneConfig
 from gsa import config as configs
@@ -59,11 +58,6 @@ def host(config: FinetuneConfig) -> Host:
     if config.local:
         return InProcess(partial(make, config.task, config.render, config.imports), config.env_timeout_s)
     return Isolated(config.task, config.render, config.imports, config.env_timeout_s)
-
-
-def task(config: FinetuneConfig) -> Task:
-    with closing(host(config)) as env:
-        return env.task
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class ReplayActor:
         complete = service.complete  # first: what is read after it holds all of a complete run
         episodes, cursor = service.drain_episodes(cursor)
         return {
-            "complete": complete, "collected": service.collected, "stats": service.stats(),
+            "complete": complete, "collected": service.collected, "frames": service.frames, "stats": service.stats(),
             "episodes": episodes, "cursor": cursor,
         }  # fmt: skip
 

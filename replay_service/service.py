@@ -200,6 +200,11 @@ class ReplayService:
         return self._limiter.inserted
 
     @property
+    def frames(self) -> int:
+        """Simulator frames inserted."""
+        return self.collected * self.spec.action_repeat
+
+    @property
     def finished(self) -> bool:
         """Whether the whole budget is inserted."""
         return self.collected >= self.config.budget
