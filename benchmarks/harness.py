@@ -32,11 +32,12 @@ def arguments(description: str | None, numbers: Mapping[str, float] | None = Non
 
 
 def interleaved(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, settle_s: float = 0.0
-) -> dict[str, list[float]]:
+    rivals: Mapping[str, Callable[[], object]], rounds: int, settle_s: float = 0.0,
+    clean: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each rival in each round, in turns, so that the machine's moods fall on all. Round 0 is left out.
 
-    After each turn `settle_s` pass, for rivals whose processes work on in the background.
+    After each turn `clean` is called, and `settle_s` pass, for rivals whose processes work on in the background.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
@@ -45,6 +46,7 @@ def interleaved(
             call()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+            clean()
             time.sleep(settle_s)
     return seconds
 

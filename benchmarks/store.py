@@ -13,7 +13,9 @@ size        Catalogs of 10³ and 10⁶ rows over the same bytes of the same traj
             the number of rows costs: a batch from either, in turns; in a process of its own opening the large one,
             and the anonymous memory (RssAnon) of drawing batches from it and of looking up ids.
 ingestion   Episodes as the reference writes them (npz, deflated): `ingest` into a new store, on disk when it returns,
-            against np.load of every array of every file once, in turns. `one_job`: decoding in one thread.
+            against np.load of every array of every file once, in one thread, in turns. Each store is removed before
+            the next turn, so that the pages it is written to are such as the machine has in use. `one_job`: decoding
+            in one thread; else in one a core.
 
     python -m benchmarks.store [--quick] [--save]
 """
@@ -25,6 +27,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -262,7 +265,7 @@ def ingestion(root: Path, source: Episodes, episodes: int, repeats: int) -> tupl
     folder = root / "metaworld" / "reach-v3"
     folder.parent.mkdir()
     write_reference(folder, [next(source) for _ in range(episodes)], deflate=True)
-    stores = iter(range(10**6))
+    store_path = root / "ingested"
 
     def read() -> None:
         for path in sorted(folder.iterdir()):
@@ -272,13 +275,14 @@ def ingestion(root: Path, source: Episodes, episodes: int, repeats: int) -> tupl
 
     def ours(jobs: int) -> Callable[[], None]:
         def run() -> None:
-            with TrajectoryStore.create(root / f"ingested-{next(stores)}") as store:
+            with TrajectoryStore.create(store_path) as store:
                 report = ingest(folder, store, jobs=jobs)
             assert (report.added, report.failed) == (episodes, [])
 
         return run
 
-    seconds = harness.interleaved({"read": read, "ingest": ours(0), "ingest_one_job": ours(1)}, repeats)
+    rivals: dict[str, Rival] = {"read": read, "ingest": ours(0), "ingest_one_job": ours(1)}
+    seconds = harness.interleaved(rivals, repeats, clean=lambda: shutil.rmtree(store_path, ignore_errors=True))
     over = {name: float(np.median(seconds[name]) / np.median(seconds["read"])) for name in ("ingest", "ingest_one_job")}
     megabytes = episodes * (STEPS + 1) * 64 * 64 * 3 / 1e6
     result = {

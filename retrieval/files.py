@@ -7,10 +7,11 @@ import fcntl
 import io
 import os
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32  # zlib's checksum, many times as fast
 
 from gsa.errors import UsageError
 
@@ -28,7 +29,7 @@ class WholeFile(io.FileIO):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         total = len(view)
-        self.crc = zlib.crc32(view, self.crc)
+        self.crc = crc32(view, self.crc)
         while view:
             view = view[super().write(view) or 0 :]
         return total

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from gsa.errors import FormatError, unknown
 from gsa.schema import Spec, Trajectory
@@ -81,7 +81,7 @@ class Layout:
         crc = 0
         for column in self.columns:
             if column.name in arrays:
-                crc = zlib.crc32(np.ascontiguousarray(arrays[column.name], column.dtype), crc)
+                crc = crc32(np.ascontiguousarray(arrays[column.name], column.dtype), crc)
         return crc
 
 

@@ -17,7 +17,6 @@ import math
 import mmap
 import os
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from gsa.errors import FormatError
 from gsa.schema import Spec, Trajectory
@@ -224,7 +224,7 @@ def scan(path: Path, layout: Layout, start: int, codec: str) -> Iterator[tuple[d
 
 def checksum(memory: mmap.mmap, start: int, end: int) -> int:
     """CRC-32 of bytes of a shard."""
-    return zlib.crc32(memoryview(memory)[start:end])
+    return crc32(memoryview(memory)[start:end])
 
 
 def is_finished(path: Path, end: int) -> bool:

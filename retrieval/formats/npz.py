@@ -18,7 +18,6 @@ import math
 import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +29,17 @@ import numpy as np
 from gsa.errors import FormatError, UsageError
 from gsa.schema import Trajectory
 from retrieval.files import replace_file
+from retrieval.formats import member
+from retrieval.formats.member import Member
 from retrieval.formats.source import MAX_BYTES
 
 MAX_MEMBERS = 64
+MAX_HEADER_BYTES = 1 << 14  # of an array
+CACHED_BYTES = 1 << 18  # of images that are transposed at a time, while they are in the processor's cache
 REQUIRED = ("observation", "action", "discount")
 UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError, OverflowError, MemoryError,
-    SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    *member.MALFORMED, OSError, ValueError, KeyError, RuntimeError, OverflowError, MemoryError, SyntaxError,
+    struct.error, tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -55,20 +58,12 @@ def read_npz(path: Path) -> Episode:
     with _opened(path) as archive:
         headers = {name: _header(archive, name) for name in _names(archive) if name in (*REQUIRED, "reward")}
         _check(headers)
-        arrays = {name: _array(archive, name, shape, dtype, fortran) for name, (shape, dtype, fortran) in
-                  headers.items()}  # fmt: skip
+        arrays = {name: _array(archive, name, *header) for name, header in headers.items()}
     observation = arrays["observation"]
-    observation = _channels_last(observation) if observation.ndim == 4 else observation.astype(np.float32)
+    if observation.ndim == 2:
+        observation = observation.astype(np.float32)
     reward = _scalar(arrays["reward"]) if "reward" in arrays else None
     return Episode(observation, arrays["action"][1:], _scalar(arrays["discount"]), reward)
-
-
-def _channels_last(images: np.ndarray) -> np.ndarray:
-    """[N, 3, H, W] → [N, H, W, 3]. A channel at a time: a transposed copy takes five times as long."""
-    out = np.empty((len(images), *images.shape[2:], 3), images.dtype)
-    for channel in range(3):
-        out[..., channel] = images[:, channel]
-    return out
 
 
 def directory(path: Path) -> tuple[str, int]:
@@ -125,11 +120,15 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, bool]:
-    with archive.open(f"{name}.npy") as file:
-        shape, fortran, dtype = _read_header(io.BytesIO(file.read(1 << 14)))
+    shape, fortran, dtype = _read_header(io.BytesIO(_member(archive, name).read(MAX_HEADER_BYTES)))
     if dtype.hasobject or dtype.kind not in "fu" or any(n < 0 for n in shape):
         raise FormatError(f"{name} has dtype {dtype}; numbers are needed.")
     return shape, dtype, fortran
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> Member:
+    assert archive.fp is not None, "an archive is open while it is read"
+    return Member(archive.fp, archive.getinfo(f"{name}.npy"))
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -164,17 +163,29 @@ def _check(headers: dict[str, tuple[tuple[int, ...], np.dtype, bool]]) -> None:
 
 
 def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, fortran: bool) -> np.ndarray:
-    """Unpacks one array whose header was checked. The archive checks its CRC on the way."""
-    with archive.open(f"{name}.npy") as file:
-        _read_header(file)
-        flat = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        view, got = memoryview(flat), 0
-        while got < len(view) and (n := file.readinto(view[got:])):  # type: ignore[attr-defined]
-            got += n
-        if got < len(view) or file.read(1):
-            raise FormatError(f"{name} has {got} bytes where its header promises {len(view)}.")
-    array = flat.view(dtype)
-    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    """Unpacks one array whose header was checked, images with their channels last."""
+    content = _member(archive, name)
+    _read_header(content)
+    if content.left != (size := math.prod(shape) * dtype.itemsize):
+        raise FormatError(f"{name} has {content.left} bytes where its header promises {size}.")
+    if len(shape) == 4 and not fortran:
+        return _images(content, shape)
+    flat = np.frombuffer(content.read(size), dtype)
+    array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
+
+
+def _images(content: Member, shape: tuple[int, ...]) -> np.ndarray:
+    """[N, 3, H, W] uint8 → [N, H, W, 3]. A channel at a time: a transposed copy takes five times as long."""
+    n, channels, height, width = shape
+    out, image = np.empty((n, height, width, channels), np.uint8), channels * height * width
+    step = max(1, CACHED_BYTES // max(1, image))
+    for start in range(0, n, step):
+        into = out[start : start + step]
+        images = np.frombuffer(content.read(len(into) * image), np.uint8).reshape(len(into), *shape[1:])
+        for channel in range(channels):
+            into[..., channel] = images[:, channel]
+    return out
 
 
 def _scalar(values: np.ndarray) -> np.ndarray:
