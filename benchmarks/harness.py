@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from deploy.provenance import surroundings
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "torch", "pyarrow", "ray", "redis", "mujoco")
 
 
 def arguments(description: str | None, numbers: Mapping[str, float] | None = None) -> argparse.Namespace:
@@ -71,7 +67,7 @@ def finish(
     report = {
         "benchmark": name,
         "quick": options.quick,
-        **_surroundings(),
+        **surroundings(),
         "result": dict(result),
         "goals": dict(goals),
     }
@@ -80,23 +76,3 @@ def finish(
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
     return 0 if all(goal["holds"] for goal in goals.values()) else 1
-
-
-def _surroundings() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    return {"commit": commit, "machine": machine, "python": sys.version.split()[0], "versions": versions}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

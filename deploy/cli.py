@@ -14,6 +14,7 @@ from tyro.conf import Positional, subcommand
 
 from deploy.config import FinetuneConfig, Imports
 from deploy.data_commands import Collect, Index, Ingest, Retrieve, Shift, Store
+from deploy.suite_commands import Suite
 from gsa import __version__
 from gsa import config as configs
 from gsa.errors import FormatError, GsaError, SpecMismatch, StaleError, Stopped, UsageError
@@ -210,6 +211,7 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Shift, subcommand("shift")]
+    | Annotated[Suite, subcommand("suite")]
     | Annotated[Demo, subcommand("demo")]
 )
 
@@ -230,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"gsa: {error}", file=sys.stderr)
-        return STOPPED if isinstance(error, Stopped) else WRONG_USE if isinstance(error, WRONG) else FAILED
+        return exit_code(error)
     except KeyboardInterrupt:
         print("gsa: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -242,6 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"gsa: {type(error).__name__}: {error} (this is a bug; --debug shows where)", file=sys.stderr)
         return FAILED
+
+
+def exit_code(error: Exception) -> int:
+    """What a process ends with that this error ended."""
+    return STOPPED if isinstance(error, Stopped) else WRONG_USE if isinstance(error, WRONG) else FAILED
 
 
 def _parse(given: list[str]) -> Callable[[], int]:

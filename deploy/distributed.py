@@ -30,7 +30,13 @@ SILENT = {"log_to_driver": False, "logging_level": logging.ERROR}
 def launch(config: FinetuneConfig, services: ExitStack) -> str:
     """Joins or starts Ray, and Redis where no URL is given; `services` ends them. Returns the URL of Redis."""
     require_own_packages()
-    _start_ray(config, services)
+    start_ray(config.ray_address, needed_cpus(config), services)
+    free = _free_cpus()
+    if free < needed_cpus(config):
+        raise UsageError(
+            f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
+            f"evaluator need {needed_cpus(config)}: lower --workers or add nodes."
+        )
     return config.redis_url or _start_redis(config, services)
 
 
@@ -69,14 +75,15 @@ def needed_cpus(config: FinetuneConfig) -> int:
     return config.workers + 4
 
 
-def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
-    """Joins the cluster at ray_address, or starts one on this machine that accepts nobody from outside."""
+def start_ray(address: str | None, cpus: int, stack: ExitStack) -> None:
+    """Joins the cluster at `address`, or starts one on this machine that accepts nobody from outside and gives out at
+    least so many CPUs; `stack` ends it."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if config.ray_address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    if address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    _require_answer(config.ray_address)
+    _require_answer(address)
     import ray
 
     if ray.is_initialized():
@@ -85,21 +92,21 @@ def _start_ray(config: FinetuneConfig, stack: ExitStack) -> None:
     variables = {k: os.environ[k] for k in handed_on if k in os.environ}
     runtime = {"env_vars": {**variables, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}}
     try:
-        if config.ray_address is None:
-            cpus = max(os.cpu_count() or 1, needed_cpus(config))
+        if address is None:
+            cpus = max(os.cpu_count() or 1, cpus)
             # "local": left out, Ray would look for a cluster of anybody's on this machine, even for one that is gone.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime, **SILENT)
         else:
-            ray.init(address=config.ray_address, runtime_env=runtime, **SILENT)
+            ray.init(address=address, runtime_env=runtime, **SILENT)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UsageError(_no_ray(config, error)) from error
+        raise UsageError(_no_ray(address, error)) from error
     stack.callback(ray.shutdown)
-    free = ray.available_resources().get("CPU", 0)
-    if free < needed_cpus(config):
-        raise UsageError(
-            f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
-            f"evaluator need {needed_cpus(config)}: lower --workers or add nodes."
-        )
+
+
+def _free_cpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0))
 
 
 def _require_answer(address: str | None) -> None:
@@ -113,11 +120,11 @@ def _require_answer(address: str | None) -> None:
         raise UsageError(f"Cannot join the Ray cluster at '{address}': {error.strerror or error}.") from None
 
 
-def _no_ray(config: FinetuneConfig, error: Exception) -> str:
+def _no_ray(address: str | None, error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
-    if config.ray_address is None:
+    if address is None:
         return f"Ray does not start on this machine: {said}."
-    return f"Cannot join the Ray cluster at '{config.ray_address}': {said}."
+    return f"Cannot join the Ray cluster at '{address}': {said}."
 
 
 def _start_redis(config: FinetuneConfig, stack: ExitStack) -> str:

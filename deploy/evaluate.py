@@ -56,17 +56,25 @@ class Evaluator:
         self._rollout.close()
 
 
-def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress) -> dict[str, Any]:
-    """Random policy, prior alone and fine-tuned policy on the same episodes; writes evaluation.json and video.mp4."""
+def final_evaluation(config: FinetuneConfig, run: Path, progress: Progress, tuned: bool = True) -> dict[str, Any]:
+    """Random policy, prior alone and fine-tuned policy on the same episodes; writes evaluation.json and video.mp4.
+
+    Without `tuned` the run is only prepared, and there is no fine-tuned policy.
+    """
     from gsa.agent.agent import Agent
     from gsa.video import side_by_side, write_mp4
 
     batch = min(BATCH, config.final_episodes)
     policy = parts.guided_policy(parts.Architecture.load(run), batch)
-    policy.load_tensors(Agent.load(run / "agent").acting_tensors())
+    agent = Agent.load(run / "agent") if tuned else parts.fine_tuner(config, run).agent
+    policy.load_tensors(agent.acting_tensors())
     if config.guides:
         policy.load_prior(parts.prior_tensors(run))
-    who = {"random": "random", **({"prior": "prior"} if config.guides else {}), "finetuned": "policy"}
+    who = (
+        {"random": "random"}
+        | ({"prior": "prior"} if config.guides else {})
+        | ({"finetuned": "policy"} if tuned else {})
+    )
     rollout = parts.evaluation_rollout(partial(parts.host, config), batch, policy, config.seed + SEED)
     results: dict[str, Any] = {}
     films: dict[str, np.ndarray] = {}

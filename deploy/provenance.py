@@ -1,14 +1,22 @@
-"""Whose code runs: a foreign package of the same top-level name would be imported by a worker without any error."""
+"""Whose code runs, and on what: a foreign package of the same top-level name would be imported by a worker without any
+error."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
+import os
+import platform
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from gsa.errors import GsaError
 
+LIBRARIES = ("numpy", "torch", "pyarrow", "ray", "redis", "mujoco", "dm_control", "metaworld")
 PACKAGES = ("gsa", "retrieval", "replay_service", "actors", "learner", "reports", "deploy")
 
 
@@ -37,6 +45,31 @@ def require_same_sources(expected: str, who: str) -> None:
     """Raises GsaError if this process runs other sources than the driver."""
     if source_hash() != expected:
         raise GsaError(f"{who} runs other sources than the driver: install the same version of gsa-rl on every node.")
+
+
+def surroundings() -> dict[str, Any]:
+    """What a result was made with: commit, machine, versions. The commit is "" where this is no checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    return {"commit": commit, "machine": machine, "python": sys.version.split()[0], "versions": versions}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _folder(package: str) -> Path:

@@ -85,7 +85,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             raise UsageError(f"{where} needs {len(inner)} values, not {len(value)}.")
         return tuple(_typed(a, v, where) for a, v in zip(inner, value, strict=True))
     if origin in (dict, Mapping) or hint is dict:
-        return dict(value)
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{where} must be a mapping, not {value!r}.")
+        return {k: _typed(args[1], v, f"{where}.{k}") for k, v in value.items()} if args else dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is not hint:

@@ -60,15 +60,15 @@ def sync_folder(folder: Path) -> None:
 
 
 class WriterLock:
-    """The right to write to a store's folder. The system takes it back from a process that dies."""
+    """The right to write to a folder, such as a store's. The system takes it back from a process that dies."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "store") -> None:
         self._file = (folder / "writer.lock").open("a+")
         if not self._taken():
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
-            raise UsageError(f"{owner} writes to the store {folder} already; a store has one writer.") from None
+            raise UsageError(f"{owner} writes to the {what} {folder} already; a {what} has one writer.") from None
         self._file.truncate(0)
         self._file.write(f"Process {os.getpid()} on {os.uname().nodename}")
         self._file.flush()
@@ -87,10 +87,10 @@ class WriterLock:
         self._file.close()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process writes to the store's folder now."""
+def is_locked(folder: Path, lock: str = "writer.lock") -> bool:
+    """Whether a process holds the lock of the folder now; that of a store, who writes to it."""
     try:
-        with (folder / "writer.lock").open("r") as file:
+        with (folder / lock).open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -1,0 +1,238 @@
+"""`gsa suite run`: what all trials share is made once, then the trials run on Ray Tune, each in a process of its own.
+
+    FOLDER/suite.yaml           what was asked for
+    FOLDER/collected/, pool/    the pool: how it was made, its store
+    FOLDER/world_model/         the pre-trained world model, its index of the pool, the priors cloned under it
+    FOLDER/rehearsals/NAME/     a task's rehearsal set, for all trials with the same settings
+    FOLDER/trials/NAME/         a run's folder, and trial.log: what it said
+    FOLDER/results/NAME.json    a finished trial; never run again
+    FOLDER/failures/NAME.json   why a trial failed the last time
+    FOLDER/report.html, report.json
+
+The folder alone says what is done: whatever is stopped or killed goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deploy import suite_tune
+from deploy.config import FinetuneConfig
+from deploy.progress import console
+from deploy.suite_config import SuiteConfig, Trial, chosen
+from deploy.suite_progress import watching
+from deploy.trial import INPUTS, STOP, SUITE, write_json
+from gsa import config as configs
+from gsa.errors import GsaError, Stopped, UsageError
+from retrieval.files import WriterLock
+
+STOPPED = "Stopped; what was running is saved, and the same command goes on."
+EARLY_S = 60.0  # before --max-hours, to save in; a tenth of them where that is less
+
+
+def run(
+    suite: SuiteConfig, folder: Path, only: Sequence[str], max_hours: float, ray_address: str | None, dry_run: bool
+) -> int:
+    """Runs what is left of the suite. 1 where a trial failed."""
+    folder = folder.resolve()
+    trials = chosen(suite.trials(folder), only)
+    check(suite, trials, folder)
+    left = [trial for trial in trials if not result_path(folder, trial).exists()]
+    console.print(f"{suite.name}: {len(trials)} trials, {len(trials) - len(left)} of them done.")
+    if dry_run:
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = WriterLock(folder, "suite")
+        stack.callback(lock.release)
+        configs.save(suite, folder / SUITE)
+        stopping = stack.enter_context(Stopping(folder).listening(max_hours))
+        try:
+            if left:
+                share(suite, trials, folder)
+                stopping.raises = False
+                with watching(folder, trials) as watch:
+                    suite_tune.run_trials(suite.resources, left, folder, ray_address, stopping, watch)
+        except Stopped:
+            if not stopping.out_of_time:
+                raise
+    code = conclude(trials, folder, stopping.out_of_time)
+    if stopping.told:
+        raise Stopped(STOPPED)
+    return code
+
+
+def conclude(trials: Sequence[Trial], folder: Path, out_of_time: bool) -> int:
+    """Says what came of the trials. 1 where one failed."""
+    failed = failures(folder)
+    left = [t for t in trials if not result_path(folder, t).exists() and t.name not in failed]
+    for trial in trials:
+        if trial.name in failed:
+            console.print(f"failed: {trial.name}: {failed[trial.name]}", soft_wrap=True, markup=False)
+    console.print(f"{len(trials) - len(left) - len(failed)} trials done, {len(failed)} failed, {len(left)} left.")
+    if left:
+        why = "The time is over; the" if out_of_time else "The"
+        console.print(f"{why} same command goes on with the rest: {folder}", soft_wrap=True)
+    return 1 if any(t.name in failed for t in trials) else 0
+
+
+def check(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:
+    """Raises UsageError for what cannot be, and where the folder holds results under other settings."""
+    from actors import tasks
+    from actors.collect import CollectPlan
+    from deploy.pool import source_counts
+
+    first = trials[0].config
+    sources = tuple(pair for text in suite.pool.sources for pair in source_counts(text))
+    if sources:
+        embodiments = {s.task.embodiment for s, _ in CollectPlan(sources, imports=first.imports).parsed()}
+    for trial in trials:
+        if not trial.config.uses_pool:
+            continue
+        if not sources and suite.pool.store is None:
+            raise UsageError(f"{trial.name} needs a pool: give it sources, or a store.")
+        if suite.world_model.pretrain is None and suite.world_model.folder is None:
+            raise UsageError(f"{trial.name} needs a world model: give world_model pretrain settings, or a folder.")
+        needs = tasks.find(trial.task, trial.config.imports).embodiment
+        if sources and trial.config.rehearses and needs not in embodiments:
+            raise UsageError(f"{trial.name} rehearses, and no source of the pool is of its embodiment {needs}.")
+    for trial in trials:
+        _require_same_settings(trial, folder)
+
+
+def share(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:
+    """Makes what all trials share, as far as it is not there: pool, world model, index."""
+    from actors.rendering import choose_backend
+    from deploy import pool, rehearsal, stages
+    from deploy.data_commands import Collect
+    from deploy.run import stage, stages_done
+
+    choose_backend()
+    needed = [trial for trial in trials if trial.config.uses_pool]
+    inputs = _inputs(suite) if needed else {}
+    known = json.loads((folder / INPUTS).read_text()) if (folder / INPUTS).exists() else {}
+    if different := [name for name in inputs if name in known and inputs[name] != known[name]]:
+        raise UsageError(f"{folder} was begun with another {' and '.join(different)}: choose another --out.")
+    write_json(folder / INPUTS, known | inputs)
+    if not needed:
+        return
+    first, done = needed[0].config, stages_done(folder)
+    assert first.store is not None and first.world_model is not None
+    if suite.pool.sources and "collect" not in done:
+        with stage(folder, "collect"):
+            command = Collect(
+                suite.pool.sources, folder / "collected", first.store, suite.pool.codec, suite.pool.seed,
+                render=first.render, imports=first.imports,
+            )  # fmt: skip
+            if pool.collect(command):
+                raise GsaError("The pool is not whole: simulators failed. The same command goes on with it.")
+    if suite.world_model.pretrain is not None and "pre-train" not in done:
+        with stage(folder, "pre-train"):
+            stages.pretrain(first.store, suite.world_model.pretrain, first.world_model, suite.world_model.processes)
+    if any(t.config.rehearses for t in needed) and "index" not in done:
+        with stage(folder, "index"):
+            rehearsal.index(first.store, first.world_model)
+
+
+def result_path(folder: Path, trial: Trial) -> Path:
+    return folder / "results" / f"{trial.name}.json"
+
+
+def failures(folder: Path) -> dict[str, str]:
+    """Name → reason of the trials that failed the last time they ran."""
+    found = {}
+    for path in sorted((folder / "failures").glob("*.json")):
+        if not (folder / "results" / path.name).exists():
+            found[path.stem] = str(json.loads(path.read_text())["reason"])
+    return found
+
+
+class Stopping:
+    """Whether nothing more is to be begun: after --max-hours, or on SIGTERM or Ctrl-C. Running trials are told by a
+    file in the suite's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / STOP
+        self._file.unlink(missing_ok=True)
+        self.out_of_time = self.told = False
+        self.raises = True  # Stopped, as there is nobody to wait for
+
+    @property
+    def now(self) -> bool:
+        return self.out_of_time or self.told
+
+    @contextlib.contextmanager
+    def listening(self, max_hours: float) -> Iterator[Stopping]:
+        seconds = 3600 * max_hours
+        timer = threading.Timer(seconds - min(EARLY_S, seconds / 10), self._time_is_over)
+        timer.daemon = True
+        if max_hours > 0:
+            timer.start()
+        before = {s: signal.signal(s, self._heard) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            timer.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _time_is_over(self) -> None:
+        self.out_of_time = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _heard(self, number: int, _: Any) -> None:
+        if self.told and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a person who does not want to wait
+        self.told = self.told or not self.out_of_time
+        self._file.touch()
+        if self.raises:
+            raise Stopped(STOPPED)
+
+
+def _inputs(suite: SuiteConfig) -> dict[str, str]:
+    """Hashes of what decides the pool and the world model."""
+    pool: Any = [suite.pool.sources, suite.pool.seed]
+    if suite.pool.store is not None:
+        from retrieval.store import TrajectoryStore
+
+        with TrajectoryStore.open(suite.pool.store) as store:
+            pool = [store.id, len(store)]
+    if suite.world_model.pretrain is not None:
+        model: Any = configs.to_dict(suite.world_model.pretrain)
+    else:
+        assert suite.world_model.folder is not None
+        model = sorted((p.name, _digest(p.read_bytes())) for p in suite.world_model.folder.glob("world_model.*"))
+        if not model:
+            raise UsageError(f"{suite.world_model.folder} has no world model.")
+    return {name: _digest(json.dumps(of).encode()) for name, of in (("pool", pool), ("world model", model))}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _require_same_settings(trial: Trial, folder: Path) -> None:
+    """Raises UsageError where the trial was begun, or ended, under other settings."""
+    config, result = folder / "trials" / trial.name / "config.yaml", result_path(folder, trial)
+    if result.exists():
+        before = json.loads(result.read_text())["settings"]
+    elif config.exists():
+        before = replace(trial, config=configs.load(FinetuneConfig, config)).settings()
+    else:
+        return
+    now = json.loads(json.dumps(trial.settings()))
+    if different := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
+        raise UsageError(
+            f"{trial.name} in {folder} has other settings ({'; '.join(different)}): choose another --out, or give the "
+            "variant a name of its own."
+        )
