@@ -50,11 +50,33 @@ class SuiteStatus:
 
 
 @dataclass(frozen=True)
+class SuiteReport:
+    """Compare what is done so far: report.html and report.json in the suite's folder."""
+
+    suite: Positional[Path]
+    """Its YAML file, or its folder."""
+    out: Path | None = None
+    """The suite's folder, where the file is given; default runs/<name of the suite>."""
+
+    def __call__(self) -> int:
+        from deploy import suite_progress
+        from reports.suite_page import write_suite_report
+
+        page, said = write_suite_report(suite_progress.load(self.suite, self.out)[1])
+        print(said)
+        print(page)
+        return 0
+
+
+@dataclass(frozen=True)
 class Suite:
     """Compare methods over tasks and seeds: many trials on one pool and one pre-trained world model."""
 
     what: Annotated[
-        Annotated[SuiteRun, subcommand("run")] | Annotated[SuiteStatus, subcommand("status")], tyro.conf.arg(name="")
+        Annotated[SuiteRun, subcommand("run")]
+        | Annotated[SuiteStatus, subcommand("status")]
+        | Annotated[SuiteReport, subcommand("report")],
+        tyro.conf.arg(name=""),
     ]
 
     def __call__(self) -> int:

@@ -59,7 +59,7 @@ def learning_curve(record: RunRecord, palette: Palette = LIGHT) -> bytes | None:
         shown = [*evaluations.values, *episodes.values, *(p.score for p in record.policies)]
         axes.set_ylim(min(0.0, *shown) - 2, min(104.0, max(10.0, max(shown) * 1.25)))
     _legend(axes, palette)
-    return _png(figure)
+    return png(figure)
 
 
 def guided_share(record: RunRecord, palette: Palette = LIGHT) -> bytes | None:
@@ -73,14 +73,14 @@ def guided_share(record: RunRecord, palette: Palette = LIGHT) -> bytes | None:
     axes.plot(mean.frames, mean.values, color=palette.prior, lw=1.8, label=f"mean of {window} episodes")
     axes.set_ylim(-0.05, 1.05)
     _legend(axes, palette)
-    return _png(figure)
+    return png(figure)
 
 
 def lines(values: np.ndarray, x: str, y: str, palette: Palette = LIGHT) -> bytes:
     """The columns of `values` [N, D] over their rows, as a PNG."""
     figure, axes = _axes(palette, x, y, height=1.9)
     axes.plot(values, lw=1)
-    return _png(figure)
+    return png(figure)
 
 
 def _running_mean(series: Series) -> tuple[Series, int]:
@@ -139,7 +139,7 @@ def _legend(axes: Axes, palette: Palette) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, labelcolor=palette.text)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -88,9 +88,10 @@ def frames_to_reach(frames: Sequence[float], scores: Sequence[float], target: fl
     return float(x[at - 1] + share * (x[at] - x[at - 1]))
 
 
-def curve_on(grid: Sequence[float], frames: Sequence[float], scores: Sequence[float]) -> np.ndarray:
+def curve_on(grid: ArrayLike, frames: Sequence[float], scores: Sequence[float]) -> np.ndarray:
     """A learning curve at the frames of `grid`, straight between its points; NaN before the first, after the last."""
-    return np.interp(grid, frames, scores, left=math.nan, right=math.nan) if len(frames) else np.full(len(grid), np.nan)
+    x = np.asarray(grid, np.float64)
+    return np.interp(x, frames, scores, left=math.nan, right=math.nan) if len(frames) else np.full(len(x), np.nan)
 
 
 def _runs(scores: Scores) -> dict[str, np.ndarray]:
