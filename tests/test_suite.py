@@ -14,12 +14,9 @@ import pytest
 import yaml
 
 from deploy import suite as suites
-from deploy import suite_progress
-from deploy.cli import main as gsa
 from deploy.suite_config import SuiteConfig
 from deploy.trial import SUITE, run_trial
 from gsa import config as configs
-from gsa.errors import UsageError
 from tests.processes import children, collected, wait_for
 
 SUITES = Path("suites")
