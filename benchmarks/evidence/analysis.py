@@ -1,0 +1,239 @@
+"""What trials of a suite say about the method: pure, results in, numbers out. Whatever is not there yet is left out.
+
+A trial is a result of `gsa suite run`, as plain data, with what `benchmarks.sample_efficiency` adds: "retrieval", the
+precision of what it rehearsed, and "shift", how far that is from what it met. Scores are normalised by the suite's
+scales; 1 is the expert on Meta-World, and the highest return there can be on DMControl.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deploy.suite_config import Scale, SuiteConfig
+from reports import statistics
+
+Trial = Mapping[str, Any]
+Runs = dict[str, dict[str, list[float]]]  # method → task → a number for each seed
+
+PAPER_GAIN = 1.028  # of gsa over scratch, at 150k frames
+ORDER = ("scratch", "naive", "rehearsal", "gsa")  # of the paper's ablation, the lowest first
+SCRATCH = (0.15, 0.5)  # a gain over nothing says nothing; over much there is little to gain
+MEASURES = ("score", "return")
+LARGER = "larger-budget"  # the variant under which scratch may catch up
+PARTS = 5  # of a run, that guided steps are counted in
+
+
+def analyse(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
+    """All of the page's numbers."""
+    main = comparable([t for t in trials if not t["variant"] and t["method"] in suite.methods])
+    return {
+        "trials": len(trials),
+        "seeds": {task: sorted({t["seed"] for t in main if t["task"] == task}) for task in _in(main, "task")},
+        "measures": {measure: _measure(main, suite, measure) for measure in MEASURES} if main else {},
+        "curves": {task: curves(_of(main, task=task), _scale(suite, task)) for task in _in(main, "task")},
+        "frames_to_scratch": {task: frames_to_scratch(_of(main, task=task)) for task in _in(main, "task")},
+        "guided_share": guided_share(trials),
+        "retrieval": _first(trials, "retrieval", ("rehearsal", "gsa", "random-rehearsal")),
+        "shift": {t["name"]: t["shift"] for t in trials if t.get("shift")},
+        "others": others(trials, suite),
+        "sensitivity": sensitivity(trials, suite),
+        "larger_budget": larger_budget(trials, suite),
+        "hours": sum(t["seconds"] for t in trials) / 3600,
+    }
+
+
+def comparable(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of those seeds of a task for which every method that has begun is done: the same for all of them."""
+    methods = set(_in(trials, "method"))
+    done = {(t["task"], t["seed"], t["method"]) for t in trials}
+    return [t for t in trials if all((t["task"], t["seed"], method) in done for method in methods)]
+
+
+def runs_of(trials: Sequence[Trial], suite: SuiteConfig, measure: str) -> Runs:
+    """The normalised results by method and task, in the order of the seeds."""
+    found: Runs = {}
+    for t in sorted(trials, key=lambda t: t["seed"]):
+        value = normalised(t[measure], measure, _scale(suite, t["task"]))
+        found.setdefault(t["method"], {}).setdefault(t["task"], []).append(value)
+    return found
+
+
+def normalised(value: float, measure: str, scale: Scale) -> float:
+    """A score or a return on the task's scale."""
+    low, high = scale.score if measure == "score" else scale.returns or scale.score
+    return float(statistics.normalised(value, low, high))
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Relative gain and probability of improvement, each with its stratified bootstrap interval."""
+    return {
+        "gain": _estimate(statistics.relative_gain, ours, theirs),
+        "better": _estimate(statistics.probability_of_improvement, ours, theirs),
+    }
+
+
+def curves(trials: Sequence[Trial], scale: Scale) -> dict[str, dict[str, list[float]]]:
+    """Method → frames and the mean over seeds of what the evaluations in the run gave there, normalised."""
+    found = {}
+    for method in _in(trials, "method"):
+        own = [t["curve"] for t in _of(trials, method=method) if t["curve"]]
+        if not own:
+            continue
+        frames = sorted({row["frames"] for row in own[0]})
+        values = {}
+        for measure in MEASURES:
+            on = [statistics.curve_on(frames, *_xy(curve, measure)) for curve in own]
+            values[measure] = [normalised(v, measure, scale) for v in np.mean(on, 0)]
+        found[method] = {"frames": frames, **values}
+    return found
+
+
+def frames_to_scratch(trials: Sequence[Trial]) -> dict[str, Any]:
+    """When each method's mean curve is first at the mean of scratch's final results; None: not in the run.
+
+    By return, in which every episode counts: scores of few episodes come in large steps.
+    """
+    final = [t["return"] for t in _of(trials, method="scratch")]
+    if not final:
+        return {}
+    target = float(np.mean(final))
+    found: dict[str, Any] = {}
+    for method, curve in curves(trials, Scale(returns=(0.0, 1.0))).items():
+        found[method] = statistics.frames_to_reach(curve["frames"], curve["return"], target)
+    return {"return": target, "frames": found}
+
+
+def guided_share(trials: Sequence[Trial]) -> dict[str, list[float]]:
+    """Task and method → the mean share of steps that the prior took, in each fifth of the budget."""
+    found: dict[str, list[float]] = {}
+    for method in ("gsa", "jsrl"):
+        for task in _in(_of(trials, method=method, variant=""), "task"):
+            own = _of(trials, method=method, task=task, variant="")
+            parts: list[list[float]] = [[] for _ in range(PARTS)]
+            for t in own:
+                for row in t["episodes"]:
+                    at = min(PARTS - 1, int(PARTS * (row["frames"] - 1) / t["frames"]))
+                    parts[at].append(row.get("guided_share", 0.0))
+            found[f"{task} {method}"] = [float(np.mean(part)) if part else 0.0 for part in parts]
+    return found
+
+
+def others(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
+    """Methods that only some tasks have (jsrl), beside gsa on the same tasks and seeds."""
+    found = {}
+    plain = _of(trials, variant="")
+    for method in [m for m in _in(plain, "method") if m not in suite.methods]:
+        tasks = _in(_of(plain, method=method), "task")
+        both = comparable([t for t in plain if t["task"] in tasks and t["method"] in (method, "gsa")])
+        if len(_in(both, "method")) == 2:
+            found[method] = {m: runs_of(both, suite, m) for m in MEASURES}
+    return found
+
+
+def sensitivity(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
+    """Variant → its results, and those of the same method, task and seeds under the suite's own settings."""
+    found = {}
+    for variant in [v for v in _in(trials, "variant") if v and v != LARGER]:
+        own = _of(trials, variant=variant)
+        keys = {(t["task"], t["method"], t["seed"]) for t in own}
+        base = [t for t in _of(trials, variant="") if (t["task"], t["method"], t["seed"]) in keys]
+        found[variant] = {
+            "task": own[0]["task"],
+            **{m: [normalised(t[m], m, _scale(suite, t["task"])) for t in own] for m in MEASURES},
+            **{f"default_{m}": [normalised(t[m], m, _scale(suite, t["task"])) for t in base] for m in MEASURES},
+        }
+    return found
+
+
+def larger_budget(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
+    """The curves and final results of the methods at the larger budget."""
+    own = comparable(_of(trials, variant=LARGER))
+    if not own:
+        return {}
+    task = own[0]["task"]
+    return {
+        "task": task,
+        "frames": own[0]["frames"],
+        "curves": curves(own, _scale(suite, task)),
+        "final": {measure: runs_of(own, suite, measure) for measure in MEASURES},
+    }
+
+
+def goals(found: Mapping[str, Any], planned: int) -> dict[str, dict[str, Any]]:
+    """What is claimed, and whether it holds, on score: success on Meta-World, return on DMControl."""
+    score = found["measures"].get("score", {})
+    means = {method: row["mean"]["value"] for method, row in score.get("aggregate", {}).items()}
+    gain = score.get("gsa over scratch", {}).get("gain", {}).get("value")
+    row = [means.get(method) for method in ORDER]
+    rising = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(row))
+    scratch, random, nearest = (means.get(m) for m in ("scratch", "random-rehearsal", "rehearsal"))
+    return {
+        "gain of gsa over scratch": _goal(gain, f">= {PAPER_GAIN}", gain is not None and gain >= PAPER_GAIN),
+        "order": _goal(row, " < ".join(ORDER), rising),
+        "random control": _goal(
+            [random, nearest], "random-rehearsal < rehearsal",
+            random is not None and nearest is not None and random < nearest,
+        ),
+        "scratch": _goal(
+            scratch, f"{SCRATCH[0]} to {SCRATCH[1]}", scratch is not None and SCRATCH[0] <= scratch <= SCRATCH[1]
+        ),
+        "trials": _goal(found["trials"], f">= {planned}", found["trials"] >= planned),
+    }  # fmt: skip
+
+
+def _measure(trials: Sequence[Trial], suite: SuiteConfig, measure: str) -> dict[str, Any]:
+    runs = runs_of(trials, suite, measure)
+    found: dict[str, Any] = {
+        "runs": runs,
+        "aggregate": {
+            method: {"mean": _estimate(statistics.mean, of), "iqm": _estimate(statistics.iqm, of)}
+            for method, of in runs.items()
+        },
+    }
+    for ours, theirs in [("gsa", m) for m in runs if m != "gsa"] + [("rehearsal", "random-rehearsal")]:
+        if ours in runs and theirs in runs:
+            found[f"{ours} over {theirs}"] = compare(runs[ours], runs[theirs])
+    return found
+
+
+def _estimate(statistic: Any, *groups: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = statistics.interval(statistic, *groups)
+    return {"value": _finite(statistics.value(statistic, *groups)), "low": _finite(low), "high": _finite(high)}
+
+
+def _goal(value: Any, goal: str, holds: bool) -> dict[str, Any]:
+    return {"value": value, "goal": goal, "holds": bool(holds)}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _scale(suite: SuiteConfig, task: str) -> Scale:
+    return suite.scale.get(task, Scale())
+
+
+def _xy(curve: Sequence[Mapping[str, Any]], measure: str) -> tuple[list[float], list[float]]:
+    rows = sorted(curve, key=lambda row: row["frames"])
+    return [row["frames"] for row in rows], [row[measure] for row in rows]
+
+
+def _in(trials: Sequence[Trial], key: str) -> list[str]:
+    return list(dict.fromkeys(t[key] for t in trials))
+
+
+def _of(trials: Sequence[Trial], **wanted: Any) -> list[Trial]:
+    return [t for t in trials if all(t[key] == value for key, value in wanted.items())]
+
+
+def _first(trials: Sequence[Trial], key: str, methods: Sequence[str]) -> dict[str, Any]:
+    """Task and method → what the first such trial has under `key`: it is the same for all seeds."""
+    found: dict[str, Any] = {}
+    for t in _of(trials, variant=""):
+        if t["method"] in methods and t.get(key):
+            found.setdefault(f"{t['task']} {t['method']}", t[key])
+    return found

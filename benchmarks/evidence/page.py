@@ -1,0 +1,288 @@
+"""The numbers of docs/results.md, and its pictures, from benchmarks/results: sample_efficiency.json, pool.json and
+pilots.json. What stands outside the page's two marks is prose, and stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import harness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DOCS = Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
+CURVES, SHIFT, LARGER = "results_curves.png", "results_shift.png", "results_larger.png"
+COLOURS = {
+    "scratch": "#57606a", "naive": "#1f883d", "rehearsal": "#bc4c00", "random-rehearsal": "#bf8700", "gsa": "#0969da",
+    "jsrl": "#8250df", "retrieved": "#bc4c00", "random": "#bf8700", "pool": "#57606a",
+}  # fmt: skip
+MEASURES = {"score": "success on Meta-World, return on DMControl", "return": "return on both"}
+
+
+def write() -> None:
+    """Writes the page anew from what is kept."""
+    text, pictures = page(*kept())
+    for name, draw in pictures.items():
+        draw(DOCS / name)
+    path = DOCS / "results.md"
+    before, _, rest = path.read_text().partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def kept() -> list[dict[str, Any]]:
+    """The report of the benchmark, the pool's, the pilots'; {} for one that is not there."""
+    paths = [harness.RESULTS / f"{name}.json" for name in ("sample_efficiency", "pool", "pilots")]
+    return [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+
+
+def page(report: Mapping[str, Any], pool: Mapping[str, Any], pilots: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The page's text, and what draws its pictures, by file name. Parts whose numbers are not there are left out."""
+    found = report.get("result", {})
+    pictures: dict[str, Any] = {}
+    parts = [_state(report)]
+    if found.get("measures"):
+        parts += [_goals(report), _aggregates(found), _tasks(found), _sooner(found)]
+    if found.get("curves"):
+        pictures[CURVES] = lambda path: _draw_curves(path, found["curves"])
+        parts.append(f"![Learning curves of each method, a panel for each task.]({CURVES})")
+    parts += [_guided(found), _retrieval(found)]
+    if found.get("shift"):
+        pictures[SHIFT] = lambda path: _draw_shift(path, found["shift"])
+        parts += [_shift(found["shift"]), f"![Wasserstein distances over the run.]({SHIFT})"]
+    parts += [_others(found), _sensitivity(found)]
+    if found.get("larger_budget"):
+        pictures[LARGER] = lambda path: _draw_curves(
+            path, {found["larger_budget"]["task"]: found["larger_budget"]["curves"]}
+        )
+        parts += [_larger(found["larger_budget"]), f"![Learning curves at the larger budget.]({LARGER})"]
+    return "\n\n".join(part for part in [*parts, _pool(pool), _pilots(pilots)] if part), pictures
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown; the first column is left-aligned, the others right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _state(report: Mapping[str, Any]) -> str:
+    found = report.get("result", {})
+    done, planned = found.get("trials", 0), found.get("planned", 0)
+    if not done:
+        return "**No trial of the grid is done yet.** What follows is what was measured before it."
+    text = f"{done} of {planned} trials are done, {found['hours']:.1f} hours of one core"
+    left = "" if done == planned else f". **The other {planned - done} are not there yet**, so the numbers may change"
+    return f"{text}{left}. Commit `{report['commit'][:8]}`, {report['machine']['processor']}."
+
+
+def _goals(report: Mapping[str, Any]) -> str:
+    rows = [
+        (name, _value(g["value"]), g["goal"], "yes" if g["holds"] else "**no**") for name, g in report["goals"].items()
+    ]
+    return "### What is claimed\n\n" + table(("claim", "measured", "goal", "holds"), rows)
+
+
+def _aggregates(found: Mapping[str, Any]) -> str:
+    parts = ["### All tasks together"]
+    for measure, what in MEASURES.items():
+        of = found["measures"][measure]
+        rows = []
+        for method, row in of["aggregate"].items():
+            against = of.get(f"{method} over scratch") or {}
+            versus = of.get(f"gsa over {method}") or {}
+            gain = "" if method != "gsa" else _percent(against.get("gain"))
+            rows.append((method, _estimate(row["mean"]), _estimate(row["iqm"]), gain, _estimate(versus.get("better"))))
+        head = ("method", "mean [95 %]", "IQM [95 %]", "gain over scratch", "probability that gsa is better")
+        parts.append(f"Normalised {what}:\n\n{table(head, rows)}")
+    seeds = ", ".join(f"{task} {len(seeds)}" for task, seeds in found["seeds"].items())
+    return "\n\n".join([*parts, f"Seeds that every method has: {seeds}."])
+
+
+def _tasks(found: Mapping[str, Any]) -> str:
+    parts = ["### Task by task"]
+    for measure, what in MEASURES.items():
+        runs = found["measures"][measure]["runs"]
+        tasks = list(dict.fromkeys(task for of in runs.values() for task in of))
+        rows = [(task, *(_mean(of.get(task)) for of in runs.values())) for task in tasks]
+        parts.append(f"Normalised {what}, mean over seeds:\n\n{table(('task', *runs), rows)}")
+    return "\n\n".join(parts)
+
+
+def _sooner(found: Mapping[str, Any]) -> str:
+    rows, methods = (
+        [],
+        [m for m in COLOURS if any(m in row.get("frames", {}) for row in found["frames_to_scratch"].values())],
+    )
+    for task, row in found["frames_to_scratch"].items():
+        if row:
+            reached = (row["frames"].get(m) for m in methods)
+            rows.append((task, f"{row['return']:.0f}", *("—" if f is None else f"{f:,.0f}" for f in reached)))
+    note = "Frames until the mean curve is first at the mean return that scratch ended with; —: not within the budget."
+    return f"### How much sooner\n\n{note}\n\n{table(('task', 'return', *methods), rows)}" if rows else ""
+
+
+def _guided(found: Mapping[str, Any]) -> str:
+    rows = [(name, *(f"{share:.0%}" for share in shares)) for name, shares in found.get("guided_share", {}).items()]
+    head = ("task and method", *(f"fifth {i + 1}" for i in range(len(rows[0]) - 1))) if rows else ()
+    return f"### Steps that the prior took\n\n{table(head, rows)}" if rows else ""
+
+
+def _retrieval(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, row in found.get("retrieval", {}).items():
+        for at in row["precision"]:
+            rows.append((name, at["k"], _share(at["task"]), _share(row["task_share"]), _share(at["embodiment"])))
+    note = (
+        "Of the k trajectories rehearsed, the share that was collected in the task; beside what chance would give, and "
+    )
+    note += "the share of the task's body among the k nearest without the filter by body."
+    head = ("task and method", "k", "of the task", "chance", "body, no filter")
+    return f"### What was retrieved\n\n{note}\n\n{table(head, rows)}" if rows else ""
+
+
+def _shift(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, distances in found.items():
+        for place in dict.fromkeys(d["from"] for d in distances):
+            at = {d["to"]: d for d in distances if d["from"] == place}
+            rows.append((name, place, *(f"{at[to]['distance'][0]:.2f}" for to in ("retrieved", "random", "pool"))))
+    note = (
+        "Wasserstein distance (W1) between posterior states of the pre-trained world model, from what was met in each "
+    )
+    note += "quarter of the run and from an expert."
+    return f"### How far the rehearsed data is\n\n{note}\n\n" + table(
+        ("run", "from", "retrieved", "random", "pool"), rows
+    )
+
+
+def _others(found: Mapping[str, Any]) -> str:
+    rows = []
+    for measures in found.get("others", {}).values():
+        for method, of in measures["score"].items():
+            for task, values in of.items():
+                rows.append((method, task, _mean(values), _mean(measures["return"][method][task])))
+    return "### JSRL beside GSA\n\n" + table(("method", "task", "score", "return"), rows) if rows else ""
+
+
+def _sensitivity(found: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            v,
+            row["task"],
+            _mean(row["score"]),
+            _mean(row["default_score"]),
+            _mean(row["return"]),
+            _mean(row["default_return"]),
+        )
+        for v, row in found.get("sensitivity", {}).items()
+    ]
+    head = ("variant", "task", "score", "default's", "return", "default's")
+    return "### Sensitivity\n\n" + table(head, rows) if rows else ""
+
+
+def _larger(found: Mapping[str, Any]) -> str:
+    rows = [
+        (method, _mean(found["final"]["score"][method][found["task"]]), _mean(of[found["task"]]))
+        for method, of in found["final"]["return"].items()
+    ]
+    head = ("method", "score", "return")
+    return f"### {found['task']} at {found['frames']:,} frames\n\n{table(head, rows)}"
+
+
+def _pool(pool: Mapping[str, Any]) -> str:
+    rows = []
+    for name, row in pool.get("sources", {}).items():
+        success = "" if row["success"] is None else f"{row['success']:.0%}"
+        rows.append(
+            (f"`{name}`", row["episodes"], f"{row['return']['mean']:.0f}", f"{row['return']['max']:.0f}", success)
+        )
+    note = "What the pool does not tell and the method never sees: how good its sources are."
+    head = ("source", "episodes", "mean return", "best", "success")
+    return f"### The pool\n\n{note}\n\n{table(head, rows)}" if rows else ""
+
+
+def _pilots(pilots: Mapping[str, Any]) -> str:
+    rows = []
+    for row in pilots.get("pilots", []):
+        curve = ", ".join(f"{p['frames']:,}: {p['score']:.0f} ({p['return']:.0f})" for p in row["curve"])
+        rows.append((row["task"], row["updates"], row["frames"], curve or "—", row["ended"]))
+    note = "Scratch alone, to choose the tasks by, before any other method ran. Evaluations: frames: score (return)."
+    head = ("task", "updates", "frames", "evaluations", "ended")
+    return f"### Pilots\n\n{note}\n\n{table(head, rows)}" if rows else ""
+
+
+def _draw_curves(path: Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    figure, grid = _figure(2, len(curves))
+    for row, (measure, axes_row) in enumerate(zip(MEASURES, grid, strict=True)):
+        for axes, (task, methods) in zip(axes_row, curves.items(), strict=True):
+            for method, curve in methods.items():
+                axes.plot(curve["frames"], curve[measure], "o-", ms=3, lw=1.6, color=COLOURS.get(method), label=method)
+            axes.set_title(task if row == 0 else "", fontsize=9)
+            axes.set_ylabel(f"normalised {measure}" if axes is axes_row[0] else "", fontsize=8)
+    grid[0][0].legend(fontsize=7.5, frameon=False)
+    figure.savefig(path)
+
+
+def _draw_shift(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    figure, grid = _figure(1, len(found))
+    for axes, (name, distances) in zip(grid[0], found.items(), strict=True):
+        places = list(dict.fromkeys(d["from"] for d in distances))
+        for to in ("retrieved", "random", "pool"):
+            own = [d["distance"] for d in distances if d["to"] == to]
+            whiskers = [[mean - low for mean, low, _ in own], [high - mean for mean, _, high in own]]
+            axes.errorbar(
+                range(len(places)),
+                [d[0] for d in own],
+                whiskers,
+                fmt="o-",
+                ms=4,
+                capsize=3,
+                color=COLOURS[to],
+                label=to,
+            )
+        axes.set_xticks(range(len(places)), [p.replace("online ", "") for p in places], fontsize=7)
+        axes.set_title(name, fontsize=7.5)
+    grid[0][0].legend(fontsize=7.5, frameon=False)
+    figure.savefig(path)
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, list[list[Axes]]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.grid(color="#e3e7ec", lw=0.7)
+        axes.tick_params(labelsize=7.5, length=0)
+        axes.set_axisbelow(True)
+    return figure, grid.tolist()
+
+
+def _estimate(row: Mapping[str, Any] | None) -> str:
+    if not row or row["value"] is None:
+        return ""
+    return f"{row['value']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
+
+
+def _percent(row: Mapping[str, Any] | None) -> str:
+    if not row or row["value"] is None:
+        return ""
+    return f"{row['value']:+.0%}" + ("" if row["low"] is None else f" [{row['low']:+.0%}, {row['high']:+.0%}]")
+
+
+def _mean(values: Sequence[float] | None) -> str:
+    return f"{sum(values) / len(values):.2f}" if values else "—"
+
+
+def _share(value: float | None) -> str:
+    return "—" if value is None else f"{value:.0%}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return "not there yet" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,133 @@
+"""The analysis of the evidence suite: partial results make a partial report, and only like is compared with like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import analysis, page
+from benchmarks.sample_efficiency import SUITE, gather, keep, restore
+from deploy.suite_config import SuiteConfig, Trial
+from gsa import config as configs
+from gsa.errors import UsageError
+
+SUITE_CONFIG = configs.load(SuiteConfig, SUITE)
+TASKS = SUITE_CONFIG.tasks
+GRID = [m for m in SUITE_CONFIG.methods if m != "prior"]
+
+
+def trial(task: str, method: str, seed: int, score: float, variant: str = "", **more: Any) -> dict[str, Any]:
+    """A result as `gsa suite run` leaves it, whose curve rises straight from 0 to its score."""
+    frames, high = 1000, (SUITE_CONFIG.scale[task].returns or (0.0, 1000.0))[1]
+    curve = [
+        {"frames": f, "score": score * f / frames, "return": high * score * f / frames / 100} for f in (0, 500, frames)
+    ]
+    return {
+        "name": f"{task.replace('/', '-')}--{method}--seed{seed}", "task": task, "method": method, "variant": variant,
+        "seed": seed, "score": score, "return": high * score / 100, "frames": frames, "curve": curve, "seconds": 36.0,
+        "episodes": [{"frames": f, "guided_share": 1 - f / frames} for f in range(100, 1001, 100)], **more,
+    }  # fmt: skip
+
+
+def grid(scores: dict[str, float], seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:
+    return [trial(t, m, s, score + s) for t in TASKS for m, score in scores.items() for s in seeds]
+
+
+def test_the_gain_of_twice_the_score_is_one_hundred_per_cent() -> None:
+    found = analysis.analyse(grid({"scratch": 20, "gsa": 42}), SUITE_CONFIG)
+    gain = found["measures"]["score"]["gsa over scratch"]["gain"]
+    assert gain["value"] == pytest.approx(43 / 21 - 1)
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert found["measures"]["score"]["gsa over scratch"]["better"]["value"] == 1
+
+
+def test_seeds_that_a_method_lacks_are_left_out_of_all() -> None:
+    trials = grid({"scratch": 20, "gsa": 40})
+    found = analysis.analyse(trials[:-1], SUITE_CONFIG)  # the last task's gsa has no third seed
+    assert found["seeds"] == {**{t: [0, 1, 2] for t in TASKS}, TASKS[-1]: [0, 1]}
+    runs = found["measures"]["score"]["runs"]
+    assert len(runs["scratch"][TASKS[-1]]) == len(runs["gsa"][TASKS[-1]]) == 2
+
+
+def test_variants_and_methods_of_some_tasks_do_not_enter_the_aggregate() -> None:
+    trials = grid({"scratch": 20, "gsa": 40})
+    more = [trial(TASKS[0], "gsa", 0, 99, variant="k-10"), trial(TASKS[0], "jsrl", 0, 99)]
+    assert (
+        analysis.analyse(trials + more, SUITE_CONFIG)["measures"] == analysis.analyse(trials, SUITE_CONFIG)["measures"]
+    )
+
+
+def test_no_interval_from_a_single_seed() -> None:
+    found = analysis.analyse(grid({"scratch": 20, "gsa": 40}, (0,)), SUITE_CONFIG)
+    assert found["measures"]["score"]["aggregate"]["gsa"]["mean"] == {
+        "value": pytest.approx(0.4),
+        "low": None,
+        "high": None,
+    }
+
+
+def test_frames_to_the_score_that_scratch_ended_with() -> None:
+    trials = grid({"scratch": 20, "gsa": 40}, (0,))
+    reached = analysis.analyse(trials, SUITE_CONFIG)["frames_to_scratch"][TASKS[0]]["frames"]
+    assert reached["scratch"] == 1000
+    assert reached["gsa"] == pytest.approx(500)
+
+
+def test_guided_share_is_counted_in_fifths_of_the_run() -> None:
+    shares = analysis.guided_share([trial(TASKS[0], "gsa", 0, 1)])[f"{TASKS[0]} gsa"]
+    assert shares == pytest.approx([0.85, 0.65, 0.45, 0.25, 0.05])
+
+
+def test_goals_hold_only_for_what_is_there() -> None:
+    scores = {"scratch": 20, "naive": 22, "rehearsal": 30, "random-rehearsal": 25, "gsa": 45}
+    goals = analysis.goals(analysis.analyse(grid(scores), SUITE_CONFIG), 60)
+    assert all(goal["holds"] for goal in goals.values())
+    goals = analysis.goals(analysis.analyse([], SUITE_CONFIG), 60)
+    assert not any(goal["holds"] for goal in goals.values())
+    goals = analysis.goals(analysis.analyse(grid(scores | {"naive": 31}), SUITE_CONFIG), 60)
+    assert not goals["order"]["holds"] and goals["gain of gsa over scratch"]["holds"]
+
+
+@pytest.mark.parametrize("scores", [{}, {"scratch": 20}, {"scratch": 20, "gsa": 40}])
+def test_a_partial_result_makes_a_page(scores: dict[str, float], tmp_path: Path) -> None:
+    extra = [trial(TASKS[0], "gsa", 0, 9, variant=analysis.LARGER), trial(TASKS[0], "gsa", 0, 9, variant="k-10")]
+    found = analysis.analyse(grid(scores) + (extra if "gsa" in scores else []), SUITE_CONFIG) | {"planned": 96}
+    report = {
+        "commit": "0" * 40, "machine": {"processor": "x"}, "result": found, "goals": analysis.goals(found, 96)
+    }  # fmt: skip
+    text, pictures = page.page(json.loads(json.dumps(report, allow_nan=False)), {}, {})
+    assert ("not there yet" in text) or not scores
+    assert ("No trial" in text) == (not scores)
+    for name, draw in pictures.items():
+        draw(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_kept_trials_are_gone_on_from_in_an_empty_folder(tmp_path: Path) -> None:
+    first = SUITE_CONFIG.trials(tmp_path / "here")[:2]
+    for t in first:
+        result = trial(t.task, t.method, t.seed, 10) | {"name": t.name, "settings": t.settings()}
+        path = tmp_path / "here" / "results" / f"{t.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    keep(tmp_path / "kept", tmp_path / "here", gather(tmp_path / "kept", tmp_path / "here", first))
+    restore(tmp_path / "kept", tmp_path / "there")
+    planned = SUITE_CONFIG.trials(tmp_path / "there")
+    assert [r["name"] for r in gather(tmp_path / "none", tmp_path / "there", planned)] == [t.name for t in first]
+
+
+def test_a_trial_under_other_settings_is_not_taken(tmp_path: Path) -> None:
+    planned: list[Trial] = SUITE_CONFIG.trials(tmp_path)[:1]
+    result = trial(planned[0].task, "scratch", 0, 10) | {"settings": {**planned[0].settings(), "budget_frames": 7}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{planned[0].name}.json").write_text(json.dumps(result))
+    with pytest.raises(UsageError, match="other settings"):
+        gather(tmp_path / "none", tmp_path, planned)
+
+
+def test_the_page_has_the_kept_numbers() -> None:
+    """docs/results.md is written anew whenever a result is kept."""
+    assert page.page(*page.kept())[0] in (page.DOCS / "results.md").read_text()
