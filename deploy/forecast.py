@@ -30,6 +30,7 @@ class Forecast:
 
     online: int  # the store of what is collected
     checkpoints: int
+    agent: int  # the result
     free: int  # on the disk of the run's folder
     learner: int  # memory: weights, gradients, optimiser, batches
     workers: int  # memory: all of them and their environments
@@ -45,18 +46,18 @@ class Forecast:
 
     def say(self) -> None:
         """Prints it. UsageError if the disk has no room; a warning if memory is short."""
-        disk = f"{_gb(self.disk)} of disk ({_gb(self.online)} episodes, {_gb(self.checkpoints)} checkpoints)"
-        memory = f"{_gb(self.memory)} of memory ({_gb(self.learner)} learner, {_gb(self.workers)} other processes)"
-        console.print(f"The run needs at most about {disk}; {_gb(self.free)} are free.", soft_wrap=True)
+        disk = f"{gb(self.disk)} of disk ({gb(self.online)} episodes, {gb(self.checkpoints)} checkpoints)"
+        memory = f"{gb(self.memory)} of memory ({gb(self.learner)} learner, {gb(self.workers)} other processes)"
+        console.print(f"The run needs at most about {disk}; {gb(self.free)} are free.", soft_wrap=True)
         console.print(f"It needs at least about {memory}; activations come on top.", soft_wrap=True)
         if self.disk > self.free:
             raise UsageError(
-                f"The run needs about {_gb(self.disk)} of disk and {_gb(self.free)} are free: make room, choose "
+                f"The run needs about {gb(self.disk)} of disk and {gb(self.free)} are free: make room, choose "
                 "another --out, or lower --budget-frames."
             )
         if self.available is not None and self.memory > self.available:
             console.print(
-                f"Warning: {_gb(self.available)} of memory are available here. Fewer --workers or --envs need less.",
+                f"Warning: {gb(self.available)} of memory are available here. Fewer --workers or --envs need less.",
                 soft_wrap=True,
             )
 
@@ -75,6 +76,7 @@ def forecast(config: FinetuneConfig, model: WorldModelConfig, size: str, spec: S
     return Forecast(
         online=(steps + episodes) * step_bytes + episodes * RECORD_BYTES,
         checkpoints=kept * SAVED_BYTES * trained,
+        agent=WEIGHT_BYTES * trained,
         free=shutil.disk_usage(existing(config.out or Path())).free,
         learner=PROCESS_BYTES + TRAINED_BYTES * trained + batches,
         workers=processes * PROCESS_BYTES + config.workers * WEIGHT_BYTES * acting,
@@ -97,5 +99,5 @@ def available_memory() -> int | None:
         return None
 
 
-def _gb(size: int) -> str:
+def gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

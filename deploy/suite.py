@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy import suite_tune
+from deploy import suite_forecast, suite_tune
 from deploy.config import FinetuneConfig
 from deploy.progress import console
 from deploy.suite_config import SuiteConfig, Trial, chosen
@@ -49,6 +49,8 @@ def run(
     check(suite, trials, folder)
     left = [trial for trial in trials if not result_path(folder, trial).exists()]
     console.print(f"{suite.name}: {len(trials)} trials, {len(trials) - len(left)} of them done.")
+    if left:
+        suite_forecast.forecast(suite, trials, left, folder, dry_run)
     if dry_run:
         return 0
     folder.mkdir(parents=True, exist_ok=True)

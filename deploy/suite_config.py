@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from actors import tasks
 from deploy.config import FinetuneConfig, Method
 from gsa import config as configs
+from gsa.agent.sizes import PRESETS, WorldModelConfig
 from gsa.errors import UsageError, unknown
 from learner.config import PretrainConfig
 
@@ -79,6 +81,10 @@ class Resources:
     def __post_init__(self) -> None:
         if self.cpus < 1 or self.trials < 0 or self.retries < 0 or self.gpus < 0:
             raise UsageError("resources: cpus must be at least 1; gpus, trials and retries at least 0.")
+
+    @property
+    def at_a_time(self) -> int:
+        return self.trials or max(1, (os.cpu_count() or 1) // self.cpus)
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,11 @@ class SuiteConfig:
 
     def _sized(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Trials are local unless told otherwise; what is not pre-trained is of the pre-trained one's size."""
-        pretrain = self.world_model.pretrain
-        size = {} if pretrain is None else {"model": pretrain.model, "max_action_dim": pretrain.max_action_dim}
+        pretrain, folder, size = self.world_model.pretrain, self.world_model.folder, {}
+        if pretrain is not None:
+            size = {"model": pretrain.model, "max_action_dim": pretrain.max_action_dim}
+        elif folder is not None:
+            size = _size_of(folder)
         return {"local": True, **size, **settings}
 
     def _all(self, what: str) -> list[str]:
@@ -221,6 +230,16 @@ def chosen(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:
         if not any(fnmatch.fnmatch(trial.name, pattern) for trial in trials):
             raise UsageError(f"No trial is like '{pattern}'; one is called {trials[0].name}.")
     return [t for t in trials if not only or any(fnmatch.fnmatch(t.name, pattern) for pattern in only)]
+
+
+def _size_of(folder: Path) -> dict[str, Any]:
+    """The named size nearest to that of the world model in the folder."""
+    about = folder / "world_model.json"
+    if not about.is_file():
+        raise UsageError(f"There is no world model in {folder}: it lacks {about.name}.")
+    model = configs.from_dict(WorldModelConfig, json.loads(about.read_text())["config"], str(about))
+    name = min(PRESETS, key=lambda name: abs(PRESETS[name].world_model.deter - model.deter))
+    return {"model": name, "max_action_dim": model.max_action_dim}
 
 
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

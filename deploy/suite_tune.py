@@ -48,7 +48,7 @@ def run_trials(
     """Runs the trials, in their order as far as the resources give room. Returns when all have ended, one way or
     another, or once `stop` is set and the running ones are saved. `watch` is called now and then."""
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}  # Ctrl-C and the table are ours
-    at_a_time = resources.trials or max(1, (os.cpu_count() or 1) // resources.cpus)
+    at_a_time = resources.at_a_time
     with ExitStack() as stack:
         start_ray(address, resources.cpus * at_a_time, stack)
         from ray import tune
