@@ -97,12 +97,13 @@ class GSA(Algorithm):
         self._restarts = 0
         self._learner_heard = time.monotonic()
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
+        self._living: list[str] = []  # workers that answered in the last round
         self._deaths: dict[int, int] = {}  # of each worker since it last made an agent step
 
     def training_step(self) -> None:
         """One look around: what workers, replay service, learner and evaluator report, written to the run's log."""
         time.sleep(ROUND_S)
-        report = self._ask("replay service", self.replay.report, self._episodes)
+        report = self._ask("replay service", self.replay.report, self._episodes, self._living)
         if report is None:
             return
         self.frames, self.done = report["frames"], report["complete"]
@@ -133,7 +134,7 @@ class GSA(Algorithm):
         """Ends what was started; also after a failure."""
         if group := getattr(self, "env_runner_group", None):
             group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=20)
-            group.stop()
+            group._worker_manager.clear()  # group.stop() would wait without end for one whose node is gone
         for name in ("evaluator", "learner", "replay"):
             if actor := getattr(self, name, None):
                 ray.kill(actor)
@@ -185,13 +186,15 @@ class GSA(Algorithm):
         """What the workers counted, together; asks each for more; kills the one that stays silent."""
         group = self.env_runner_group
         values: dict[str, list[float]] = {}
+        self._living = []
         for result in group._worker_manager.fetch_ready_async_reqs(tags="start", timeout_seconds=0.0):
             worker = result.actor_id
             self._heard[worker] = time.monotonic()
             if not result.ok:
                 self._count_death(worker)
                 continue
-            stats, faults, error = result.get()
+            name, stats, faults, error = result.get()
+            self._living.append(name)
             for fault in faults:
                 self.faults.write(self.frames, f"worker-{worker}", fault)
             if error:
@@ -211,9 +214,11 @@ class GSA(Algorithm):
         return {**together, **{f"driver/{name}": float(value) for name, value in seen.items()}}
 
     def _count_death(self, worker: int) -> None:
-        """RLlib starts it anew; one that dies again and again before it makes a step ends the run."""
+        """RLlib starts it anew, elsewhere if its node is gone; until there is room for it the others take over what it
+        had leased. One that dies again and again before it makes a step ends the run."""
+        self.replay.release.remote(f"worker-{worker}")
         self._deaths[worker] = self._deaths.get(worker, 0) + 1
-        self.faults.write(self.frames, f"worker-{worker}", "The worker's process ended.")
+        self.faults.write(self.frames, f"worker-{worker}", "The worker's process ended, or its node is gone.")
         if self._deaths[worker] >= MAX_FAULTS:
             raise GsaError(
                 f"Worker {worker} died {MAX_FAULTS} times in a row before its first agent step: is there memory enough?"

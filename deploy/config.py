@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gsa.errors import UsageError
 from learner.config import CloneConfig, LearnerConfig
 from replay_service.config import ReplayConfig
 
+LEASE_S = 120.0  # without a sign of life of a worker: then what it has under way goes back to the budget
 Method = Literal["scratch", "naive", "rehearsal", "random-rehearsal", "gsa", "jsrl"]
 Imports = Annotated[
     tuple[str, ...],
@@ -151,6 +153,7 @@ class FinetuneConfig:
             samples_per_insert=self.train_ratio,
             min_size=min_size,
             parallel_episodes=1 if self.local else self.workers * self.envs,
+            lease_timeout_s=math.inf if self.local else LEASE_S,
             budget=budget,
             episode_steps=episode_steps,
             warmup_steps=warmup_steps,

@@ -19,6 +19,7 @@ from gsa.errors import GsaError, UsageError
 from gsa.metrics import Progress
 
 CONNECT_S = 10.0
+JOIN_S = 30.0  # for nodes of a cluster to join it, and for what a killed driver held to be free again
 STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
@@ -31,7 +32,7 @@ def launch(config: FinetuneConfig, services: ExitStack) -> str:
     """Joins or starts Ray, and Redis where no URL is given; `services` ends them. Returns the URL of Redis."""
     require_own_packages()
     start_ray(config.ray_address, needed_cpus(config), services)
-    free = _free_cpus()
+    free = _free_cpus(needed_cpus(config), 0.0 if config.ray_address is None else JOIN_S)
     if free < needed_cpus(config):
         raise UsageError(
             f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
@@ -103,10 +104,14 @@ def start_ray(address: str | None, cpus: int, stack: ExitStack) -> None:
     stack.callback(ray.shutdown)
 
 
-def _free_cpus() -> float:
+def _free_cpus(enough: int, patience_s: float) -> float:
+    """The cluster's free CPUs, as soon as they are enough or patience is at its end."""
     import ray
 
-    return float(ray.available_resources().get("CPU", 0))
+    end = time.monotonic() + patience_s
+    while (free := ray.available_resources().get("CPU", 0)) < enough and time.monotonic() < end:
+        time.sleep(0.5)
+    return float(free)
 
 
 def _require_answer(address: str | None) -> None:

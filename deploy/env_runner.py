@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from typing import Any
@@ -27,9 +28,10 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         super().__init__(config=config, **kwargs)
         require_same_sources(config.sources, "A worker")
         parts.limit_threads(1)
-        self.name = f"worker-{self.worker_index}"
+        self.place = f"worker-{self.worker_index}"
+        self.name = f"{self.place}/{secrets.token_hex(4)}"  # one that was thought dead may still speak
         self._replay = ray.get_actor(config.replay_name)
-        ray.get(self._replay.release.remote(self.name), timeout=60)  # leases of the one that died before
+        ray.get(self._replay.release.remote(self.place), timeout=60)  # leases of the one that died before
         self._link = RayReplayLink(self._replay, self.name)
         about, self._env_timeout_s = config.architecture, config.finetune.env_timeout_s
         self._weights = RedisSubscriber(config.redis_url, about.run)
@@ -39,16 +41,16 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._collect, name=self.name, daemon=True)
 
-    def start(self) -> tuple[dict[str, float], list[str], str | None]:
-        """Starts collecting if it has not; returns what was counted and which faults there were since the last call,
-        and what ended it if so."""
+    def start(self) -> tuple[str, dict[str, float], list[str], str | None]:
+        """Starts collecting if it has not; returns its name, what was counted and which faults there were since the
+        last call, and what ended it if so."""
         if not self._thread.is_alive() and self._error is None and not self._stopped.is_set():
             self._thread.start()
         if time.monotonic() - self.worker.last_progress > HUNG_S + self._env_timeout_s:
             os._exit(1)  # a thread that hangs cannot be stopped otherwise; RLlib starts the worker anew
-        error = None if self._error is None else f"{self.name} stopped: {self._error}"
+        error = None if self._error is None else f"{self.place} stopped: {self._error}"
         stats = {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}
-        return stats, self.worker.faults(), error
+        return self.name, stats, self.worker.faults(), error
 
     def assert_healthy(self) -> None:
         """RLlib's probe: the constructor has run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,11 @@ class ReplayActor:
     def rewind(self, batches: int) -> None:
         self._service.rewind(batches)
 
-    def report(self, cursor: int) -> dict[str, Any]:
-        """What the driver asks for once a round. Saves, on the way, what a restart cannot find in the store."""
+    def report(self, cursor: int, living: Collection[str]) -> dict[str, Any]:
+        """What the driver asks for once a round, and which workers answered it. Saves, on the way, what a restart
+        cannot find in the store."""
         service = self._service
+        service.renew(living)
         with replace_file(self._state) as file:
             file.write(json.dumps(service.state()).encode())
         complete = service.complete  # first: what is read after it holds all of a complete run
@@ -167,8 +169,9 @@ def start_replay(config: FinetuneConfig, run: Path, name: str, sources: str) -> 
 
 
 def start_evaluator(config: FinetuneConfig, about: parts.Architecture, redis_url: str, sources: str) -> Any:
-    """The evaluator; Ray restarts it if it dies."""
-    return ray.remote(EvaluatorActor).options(num_cpus=1, max_restarts=-1).remote(config, about, redis_url, sources)
+    """The evaluator, beside the driver if it can; Ray restarts it if it dies."""
+    actor = ray.remote(EvaluatorActor).options(num_cpus=1, max_restarts=-1, scheduling_strategy=_here(soft=True))
+    return actor.remote(config, about, redis_url, sources)
 
 
 def start_learner(config: FinetuneConfig, run: Path, replay: Any, redis_url: str, sources: str) -> Any:

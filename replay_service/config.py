@@ -26,7 +26,7 @@ class ReplayConfig:
     warmup_steps: int = 7_500  # collected by the prior alone,
     warmup_episodes: int = 5  # or until this many episodes, whichever is later
     capacity: int | None = None  # newest steps that batches are drawn from; None: all
-    lease_timeout_s: float = 600.0  # after which an unfinished episode goes back to the budget
+    lease_timeout_s: float = math.inf  # without a sign of life of its worker: then an episode goes back to the budget
 
     def __post_init__(self) -> None:
         positive = ("batch", "length", "samples_per_insert", "min_size", "budget", "episode_steps", "lease_timeout_s")

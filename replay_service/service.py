@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ STATE_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _OpenLease:
     worker: str
     max_steps: int
     deadline: float  # on the service's clock
+
+    def is_of(self, worker: str) -> bool:
+        return self.worker == worker or self.worker.startswith(f"{worker}/")
 
 
 class ReplayService:
@@ -39,6 +42,9 @@ class ReplayService:
     Budget: steps inserted + max_steps of open leases ≤ budget, always. Steps that a lease did not use (an episode
     ended early, its worker released it or died, its time ran out) are leased again under a new episode number, so
     that exactly `budget` steps are inserted in the end.
+
+    A worker that may be started anew calls itself place/incarnation: its successor gives back what the place has on
+    lease, and what an incarnation that only seemed dead leases or delivers later is not kept open by the successor.
 
     What is in the online store counts as inserted, also after a crash: an episode whose append was durable is
     never lost and never counted twice, whatever state is restored.
@@ -133,11 +139,19 @@ class ReplayService:
             self._meter.count("collected", len(trajectory), rate=True)
             return True
 
-    def release(self, worker: str, episode: int | None = None) -> int:
-        """Gives back the worker's open leases, or one of them; returns how many. For episodes that failed and for
-        workers that died."""
+    def renew(self, workers: Collection[str]) -> None:
+        """A sign of life of these workers: the time of their leases begins anew."""
         with self._lock:
-            gone = [e for e, lease in self._leases.items() if lease.worker == worker and episode in (None, e)]
+            deadline = self._clock() + self.config.lease_timeout_s
+            for lease in self._leases.values():
+                if lease.worker in workers:
+                    lease.deadline = deadline
+
+    def release(self, worker: str, episode: int | None = None) -> int:
+        """Gives back the open leases of a worker, or of all incarnations of its place, or one of them; returns how
+        many. For episodes that failed and for workers that died."""
+        with self._lock:
+            gone = [e for e, lease in self._leases.items() if lease.is_of(worker) and episode in (None, e)]
             for e in gone:
                 del self._leases[e]
             self._meter.count("released_leases", len(gone))

@@ -175,7 +175,7 @@ def test_every_machine_of_the_cluster_demands_the_token_that_is_copied_to_it():
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         start = config[commands][-1]
-        assert start.startswith("RAY_AUTH_MODE=token ~/gsa/.venv/bin/ray start ")
+        assert "RAY_AUTH_MODE=token ~/gsa/.venv/bin/ray start " in start
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     assert flag(worker, "address") == f"$RAY_HEAD_IP:{flag(head, 'port')}"
     assert flag(head, "autoscaling-config") == "~/ray_bootstrap_config.yaml"

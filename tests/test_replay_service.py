@@ -206,6 +206,36 @@ def test_release_gives_back_one_lease_or_all(online):
     assert service.add("b", leases[2].episode, counting(2, 10, SPEC))
 
 
+def test_a_lease_lasts_while_its_worker_is_heard_of(online):
+    clock = Clock()
+    service = make(online, clock=clock)
+    heard, silent = service.lease("a/1"), service.lease("b/1")
+    for now_s in (50, 100, 150):
+        clock.now_s = now_s
+        service.renew(["a/1"])
+    assert not service.add("b/1", silent.episode, counting(1, 10, SPEC))
+    assert service.add("a/1", heard.episode, counting(0, 10, SPEC))
+
+
+def test_a_worker_that_only_seemed_dead_neither_delivers_nor_keeps_what_its_successor_must_collect(online):
+    """Its network was cut; on its return what it sent arrives, after its successor has begun."""
+    clock = Clock()
+    service = make(online, replace(CONFIG, budget=20, min_size=10), clock=clock)
+    before = service.lease("a/old")
+    assert service.release("a") == 1
+    late = service.lease("a/old")
+    assert not service.add("a/old", before.episode, counting(0, 10, SPEC))
+    assert service.add("a/new", service.lease("a/new").episode, counting(1, 10, SPEC))
+    assert service.lease("a/new") is NoLease.WAIT
+    clock.now_s = 60
+    service.renew(["a/new"])
+    last = service.lease("a/new")
+    assert not service.add("a/old", late.episode, counting(2, 10, SPEC))
+    assert service.add("a/new", last.episode, counting(3, 10, SPEC))
+    assert (service.collected, service.lease("a/old")) == (20, NoLease.DONE)
+    assert service.release("a") == 0
+
+
 def test_a_lease_is_its_workers_alone(online):
     service = make(online)
     lease = service.lease("a")
