@@ -31,6 +31,7 @@ from tests.gym_counting import STEPS
 from tests.processes import alive, children, collected, kill_at, wait_for
 from tests.test_runs import check_counts, config, online, pool  # noqa: F401
 
+GOOD = 11.0  # of 20; random actions make 7.5
 TIMED = ("_per_s", "_ms", "_s", "checkpoint/")  # metrics that tell of time
 
 
@@ -263,3 +264,38 @@ def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path): 
     episodes = [row["episode/steps"] for row in read_log(out) if "episode/steps" in row]
     assert len(episodes) == len(online(out))
     assert max(row.get("learner/updates", 0) for row in read_log(out)) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
+    """The driver is killed once the policy is good. The first evaluation after the resume lies in the 95 % prediction
+    interval of the eight before, and so does the mean of three."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    learning = {"train_ratio": 16.0, "batch": 8, "length": 16, "imagination_starts": 64, "warmup_frames": 200}
+    watched = {"eval_every_frames": 100, "eval_episodes": 3, "checkpoint_every_frames": 200, "budget_frames": 8000}
+    configs.save(config(out, workers=2, **learning, **watched), tmp_path / "config.yaml")
+
+    def scores() -> list[float]:
+        rows = read_log(out) if (out / "metrics.jsonl").exists() else []
+        return [row["eval/score"] for row in rows if "eval/score" in row]
+
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert wait_for(process, lambda: len(scores()) >= 12 and min(scores()[-8:]) > GOOD, 500), scores()
+        below = children(process.pid)
+        process.kill()
+        process.wait()
+        before = scores()
+        assert wait_for(None, lambda: not any(map(alive, below))), "orphans are left"
+        process = start(log, "--resume", str(out))
+        assert wait_for(process, lambda: len(scores()) >= len(before) + 3, 300), log.read_text()[-3000:]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    last, after = np.array(before[-8:]), scores()[len(before) :][:3]
+    half = 2.365 * last.std(ddof=1) * np.sqrt(1 + 1 / len(last))  # Student's t of seven degrees of freedom
+    print({"before": last.round(2).tolist(), "half_width": round(half, 2), "after": np.round(after, 2).tolist()})
+    assert abs(after[0] - last.mean()) <= half
+    assert abs(np.mean(after) - last.mean()) <= half
