@@ -27,6 +27,7 @@ from tests.test_runs import check_counts, config, online
 pytestmark = [pytest.mark.skipif(not namespaces.permitted(), reason=namespaces.REASON), pytest.mark.timeout(900)]
 WORKERS = 2
 CUT_S = 60  # how long a node is cut off
+SHORT_S = 8  # and for how long without being given up
 ROUND_S = 15.0  # the driver looks around at least so often, whatever is cut off
 
 
@@ -166,7 +167,8 @@ def test_worker_nodes_die_and_are_cut_off(cluster):
 
 
 @pytest.mark.slow
-def test_a_worker_node_without_redis_acts_on(cluster):
+def test_a_worker_node_without_redis_acts_on_and_a_short_cut_costs_nothing(cluster):
+    """First Redis alone is lost, then the whole network, for less time than Ray waits."""
     cluster.start()
     cluster.begin(700)
     cluster.until_collecting()
@@ -180,10 +182,13 @@ def test_a_worker_node_without_redis_acts_on(cluster):
     assert stale < newest, "both workers have the newest weights"
     node.find(cluster.redis)
     told(newest_weights_s=cluster.until(lambda: cluster.logged("worker/policy_version") >= newest))
+
+    node.cut_off()
+    cluster.until(lambda began=time.monotonic(): time.monotonic() - began > SHORT_S)
+    node.connect()
     cluster.check(700)
     assert cluster.logged("driver/worker_restarts") == 0
-    versions = [int(t.policy_version.max()) for t in online(cluster.run)]
-    assert len(set(versions)) > 3
+    assert cluster.logged("driver/faults") == 0
 
 
 @pytest.mark.slow
