@@ -106,7 +106,10 @@ def serve(link: socket.socket) -> None:
         except Exception as error:
             reply = [b"E", pack_error(error)]
         signal.setitimer(signal.ITIMER_REAL, 0)
-        send(link, *reply)
+        try:
+            send(link, *reply)
+        except OSError:  # nobody waits for it any more
+            break
     if environment is not None:
         signal.setitimer(signal.ITIMER_REAL, EXIT_S)
         environment.close()

@@ -152,9 +152,9 @@ class Environment:
 
     def _executable(self, action: np.ndarray) -> np.ndarray:
         action = np.asarray(action, np.float32)
-        if action.shape != (self.task.action_dim,) or not np.all(np.isfinite(action)):
+        if action.shape != (self.task.action_dim,) or not np.isfinite(action).all():
             raise UsageError(f"{self.task.name} takes {self.task.action_dim} finite numbers as action, not {action!r}.")
-        return np.clip(action, -1.0, 1.0)
+        return np.minimum(np.maximum(action, -1.0), 1.0)  # np.clip takes several times as long for so few numbers
 
     def _observe(self) -> Observation:
         observe = getattr(self.simulation, "observe", None)

@@ -37,7 +37,7 @@ class Sensor:
     path: tuple[str, ...]  # of keys
     space: Any
 
-    @property
+    @functools.cached_property
     def is_image(self) -> bool:
         return self.space is None or _is_image(self.space)
 
@@ -71,6 +71,7 @@ class Gymnasium:
         self.environment = create(env_id, RENDERING in self._sensors.values())
         space = self.environment.action_space
         self._shape, self._dtype = space.shape, space.dtype
+        self._is_integer = np.issubdtype(space.dtype, np.integer)
         self._low, self._high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
         self.observation = {name: sensor.spec for name, sensor in self._sensors.items()}
         self._seen: Any = None
@@ -112,8 +113,9 @@ class Gymnasium:
         return list(getattr(renderer, "_viewers", {}).values())
 
     def _scaled(self, action: np.ndarray) -> np.ndarray:
-        scaled = np.clip(self._low + (action + 1.0) / 2 * (self._high - self._low), self._low, self._high)
-        if np.issubdtype(self._dtype, np.integer):
+        scaled = self._low + (action + 1.0) / 2 * (self._high - self._low)
+        scaled = np.minimum(np.maximum(scaled, self._low), self._high)
+        if self._is_integer:
             scaled = np.rint(scaled)
         return scaled.reshape(self._shape).astype(self._dtype)
 
@@ -202,6 +204,8 @@ def to_image(image: np.ndarray) -> np.ndarray:
 
     [h, w, 3], [3, h, w], and [h, w], [h, w, 1], [1, h, w] in grey.
     """
+    if image.shape == IMAGE_SHAPE:
+        return np.array(image, order="C")
     from PIL import Image
 
     if image.ndim == 3 and image.shape[-1] not in (1, 3):

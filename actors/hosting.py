@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -29,6 +30,7 @@ from gsa.errors import EnvironmentFault, GsaError
 from gsa.schema import Spec
 
 TIMEOUT_S = 60.0  # for a reset or an agent step
+ALWAYS_READY = -1  # no file has this number
 GRACE_S = 2.0  # an isolated environment first ends itself: it knows where it hangs
 
 
@@ -49,6 +51,13 @@ class Host(Protocol):
 
     def ready(self, wait_s: float = 0.0) -> bool:
         """Whether `answer` will not block; waits for that, but no longer than `wait_s`."""
+
+    def fileno(self) -> int:
+        """What becomes readable before there is an answer; ALWAYS_READY where one needs no waiting."""
+
+    @property
+    def due(self) -> float:
+        """When the answer is overdue, by time.monotonic(); it is then ready, and a fault."""
 
     def answer(self) -> Any:
         """Raises EnvironmentFault if the environment failed, died or took too long; it is then of no more use."""
@@ -83,6 +92,13 @@ class InProcess:
 
     def ready(self, wait_s: float = 0.0) -> bool:
         return True
+
+    def fileno(self) -> int:
+        return ALWAYS_READY
+
+    @property
+    def due(self) -> float:
+        return math.inf
 
     def answer(self) -> Any:
         """As Host has it. What hangs is interrupted in the main thread only, and only where Python gets a turn."""
@@ -141,6 +157,13 @@ class Isolated:
             self._introduced()
         return False
 
+    def fileno(self) -> int:
+        return self._link.fileno()
+
+    @property
+    def due(self) -> float:
+        return self._expected[0][1] + GRACE_S
+
     def answer(self) -> Any:
         spec = self.spec
         kind, data = self._receive()
@@ -168,9 +191,8 @@ class Isolated:
 
     def _wait(self, until: float) -> bool:
         """Whether an answer, or its deadline, has come by `until`."""
-        due = self._expected[0][1] + GRACE_S
-        remaining_ms = 1e3 * max(0.0, min(until, due) - time.monotonic())
-        return bool(self._readable.poll(remaining_ms)) or time.monotonic() >= due
+        remaining_ms = 1e3 * max(0.0, min(until, self.due) - time.monotonic())
+        return bool(self._readable.poll(remaining_ms)) or time.monotonic() >= self.due
 
     def _receive(self) -> tuple[bytes, memoryview]:
         what, due = self._expected.popleft()
@@ -196,6 +218,22 @@ class Isolated:
     def _hung(self, what: str) -> NoReturn:
         within_s = env_process.START_S if what == "start" else self._timeout_s
         raise EnvironmentFault(f"{self._name} failed in {what}: no answer within {within_s:g} s.")
+
+
+def ready(hosts: Mapping[int, Host], wait_s: float) -> list[int]:
+    """Keys of the hosts whose answer will not block. While there is none, waits, but no longer than `wait_s`."""
+    files = {host.fileno(): key for key, host in hosts.items()}
+    waiting = select.poll()
+    for file in files.keys() - {ALWAYS_READY}:
+        waiting.register(file, select.POLLIN)
+    at_once = ALWAYS_READY in files or not files
+    until = 0.0 if at_once else min(time.monotonic() + wait_s, *(host.due for host in hosts.values()))
+    readable = {files[file] for file, _ in waiting.poll(max(0.0, 1e3 * (until - time.monotonic())))}
+    now = time.monotonic()
+    return [
+        key for key, host in hosts.items()
+        if host.fileno() == ALWAYS_READY or ((key in readable or now >= host.due) and host.ready())
+    ]  # fmt: skip
 
 
 def _start(link: socket.socket) -> subprocess.Popen[bytes]:

@@ -1,21 +1,20 @@
-"""E environments stepped together under the guided policy, one batched forward an agent step."""
+"""E environments stepped at the same time under the guided policy, one forward for many of them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from actors.environment import Observation, Step
+from actors.episode import Episode, Outcome
 from actors.guidance import GuidanceConfig, Guide, episode_plan, guided_action
-from actors.hosting import Host
+from actors.hosting import Host, ready
 from gsa.errors import EnvironmentFault, GsaError, cause_of
-from gsa.schema import Controller, Lease, Trajectory
+from gsa.schema import Controller, Lease
 
 MAX_FAULTS = 10  # of one cause in a row: then it is no accident
-GUIDES = (Controller.PRIOR, Controller.HUMAN)
 
 
 class ActingPolicy(Protocol):
@@ -30,14 +29,15 @@ class ActingPolicy(Protocol):
         controller: np.ndarray,
         rngs: Sequence[np.random.Generator],
         sample: bool = True,
+        slots: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Actions [E, A] in [-1, 1] for observations [E, …]; `controller` [E] says who chooses each.
+        """Actions [N, A] in [-1, 1] for observations [N, …] of `slots`; `controller` [N] says who chooses each.
 
-        With `sample` the policy draws its action, else it takes the mean.
+        With `sample` the policy draws its action, else it takes the mean. `slots` ascend; None means all E.
         """
 
-    def executed(self, action: np.ndarray) -> None:
-        """What is executed [E, A], where that is not what `act` returned: a guide took over."""
+    def executed(self, action: np.ndarray, slots: Sequence[int] | None = None) -> None:
+        """What is executed [N, A], where that is not what `act` returned: a guide took over."""
 
     def memory(self) -> dict[str, Any]:
         """What it remembers of the episodes under way, without its weights: numbers and arrays."""
@@ -46,76 +46,14 @@ class ActingPolicy(Protocol):
         """Takes back what `memory` gave."""
 
 
-@dataclass
-class Episode:
-    """One episode under way in a slot: what was seen and done so far."""
-
-    lease: Lease
-    plan: np.ndarray  # [max_steps] who is to control each step
-    rng: np.random.Generator  # every random draw of the episode
-    observation: list[Observation] = field(default_factory=list)  # empty until the environment is reset
-    action: list[np.ndarray] = field(default_factory=list)
-    reward: list[float] = field(default_factory=list)
-    discount: list[float] = field(default_factory=list)
-    controller: list[int] = field(default_factory=list)  # who did control it
-    version: list[int] = field(default_factory=list)
-    success: float | None = None
-
-    def record(self, step: Step, controller: int, version: int) -> None:
-        self.observation.append(step.observation)
-        self.action.append(step.action)
-        self.reward.append(step.reward)
-        self.discount.append(step.discount)
-        self.controller.append(controller)
-        self.version.append(version)
-        self.success = step.success
-
-    def state(self) -> dict[str, Any]:
-        """Plain data and arrays from which `Rollout.restore` plays the episode to where it stands."""
-        return {
-            "lease": asdict(self.lease), "rng": self.rng.bit_generator.state, "action": np.array(self.action),
-            "reward": np.array(self.reward), "controller": np.array(self.controller, np.uint8),
-            "version": np.array(self.version, np.int64),
-        }  # fmt: skip
-
-    def trajectory(self, host: Host, id: str) -> Trajectory:
-        reward = np.array(self.reward, np.float32)
-        controller = np.array(self.controller, np.uint8)
-        total = float(reward.sum(dtype=np.float64))
-        stats = {
-            "return": total,
-            "score": host.task.score(total, self.success),
-            "guided_share": float(np.isin(controller, GUIDES).mean()),
-            "length": float(len(self.action)),
-        }
-        return Trajectory(
-            embodiment=host.spec.embodiment,
-            observation={k: np.stack([o[k] for o in self.observation]) for k in self.observation[0]},
-            action=np.stack(self.action).astype(np.float32),
-            discount=np.array(self.discount, np.float32),
-            reward=reward,
-            controller=controller,
-            policy_version=np.array(self.version, np.int64),
-            source=f"{host.task.name}/online",
-            id=id,
-            stats=stats,
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one slot's step: nothing more, the end of its episode, or a fault that lost it."""
-
-    lease: Lease
-    trajectory: Trajectory | None = None
-    fault: EnvironmentFault | None = None
-
-
 class Rollout:
     """Owns E environments and their episodes. Every episode is decided by (seed, episode number) alone.
 
     An environment that fails loses its episode and is made anew; ten failures of one cause with no whole episode
     between them are a GsaError.
+
+    In lockstep all environments step together, and one forward serves all of them: deterministic to the bit. Else a
+    forward serves the half that answered first, while the other half steps.
     """
 
     def __init__(
@@ -129,17 +67,20 @@ class Rollout:
         run: str = "run",
         sample: bool = True,
         guides: Sequence[Guide] = (),
+        lockstep: bool = True,
     ) -> None:
         """`guides`: none, or one for each environment, that may take over from policy and prior."""
         self._make = make
         self.hosts = [make() for _ in range(envs)]
         self.policy, self.guidance, self.has_prior, self.guides = policy, guidance, has_prior, guides
-        self.seed, self.run, self.sample = seed, run, sample
+        self.seed, self.run, self.sample, self.lockstep = seed, run, sample, lockstep
         self.version = -1  # of the weights that act
         self.episodes: list[Episode | None] = [None] * envs
+        self._asked: dict[int, tuple[int, int] | None] = {}  # slot → controller and version of its step, None: a reset
+        self._to_act: list[int] = []  # slots that wait for an action, as their environments answered
         self._faults: dict[str, int] = {}  # cause → in a row
-        spec = self.hosts[0].spec
-        self._blank = {k: np.zeros(v.shape, v.dtype) for k, v in spec.observation.items()}
+        self.task, self.spec = self.hosts[0].task, self.hosts[0].spec
+        self._blank = {k: np.zeros(v.shape, v.dtype) for k, v in self.spec.observation.items()}
         self._idle_rng = np.random.default_rng(0)  # draws for empty slots are thrown away
 
     @property
@@ -148,28 +89,29 @@ class Rollout:
 
     def begin(self, slot: int, lease: Lease) -> None:
         """Begins the leased episode in a free slot. It is stepped once the environment has answered the reset."""
-        host = self.hosts[slot]
         rng = np.random.default_rng((self.seed, lease.episode))
         guide = Controller.HUMAN if self.guides else Controller.PRIOR if self.has_prior else None
-        plan = episode_plan(self.guidance, lease, host.task.episode_steps, guide, rng, host.task.action_repeat)
-        host.ask_reset(int(rng.integers(2**31)))
-        self.episodes[slot] = Episode(lease, plan, rng)
+        plan = episode_plan(self.guidance, lease, self.task.episode_steps, guide, rng, self.task.action_repeat)
+        self.hosts[slot].ask_reset(int(rng.integers(2**31)))
+        rows = {k: np.empty((len(plan) + 1, *v.shape), v.dtype) for k, v in self.spec.observation.items()}
+        self.episodes[slot], self._asked[slot] = Episode(lease, plan, rng, rows), None
 
     def advance(self, wait_s: float = 0.0) -> list[Outcome]:
-        """One agent step in every slot whose environment is reset; one outcome for each of them, and for each failed
-        reset. If all are still resetting, waits for the first of them, but no longer than `wait_s`."""
-        outcomes = self._take_resets(wait_s)
-        stepping = {s: e for s, e in enumerate(self.episodes) if e is not None and e.observation}
-        if stepping:
-            controller = self._planned(stepping)
-            actions = self._act(stepping, controller)
-            for slot in stepping:
-                self.hosts[slot].ask_step(actions[slot])
-            outcomes += [self._take_step(slot, int(controller[slot])) for slot in stepping]
+        """Takes what environments have answered, and asks for the next agent step where the policy has acted.
+
+        One outcome for each step that was taken, and for each failed reset. Waits for as many answers as a forward is
+        to serve, but no longer than `wait_s`. In lockstep, the steps that were asked for are taken too.
+        """
+        outcomes = self._take_answers(wait_s)
+        if len(self._to_act) >= (enough := self._enough()):
+            acting, self._to_act = sorted(self._to_act[:enough]), self._to_act[enough:]
+            self._ask_steps(acting)
+            if self.lockstep:
+                outcomes += [self._take_step(slot) for slot in acting]
         return outcomes
 
     def state(self) -> dict[str, Any]:
-        """What continues the rollout exactly, between two steps of environments in this process."""
+        """What continues the rollout exactly, between two steps in lockstep of environments in this process."""
         episodes = [None if episode is None else episode.state() for episode in self.episodes]
         return {
             "version": self.version, "episodes": episodes, "policy": self.policy.memory(), "faults": dict(self._faults),
@@ -195,10 +137,9 @@ class Rollout:
     def _replay(self, slot: int, saved: Mapping[str, Any]) -> bool:
         """Whether the saved episode could be played again to where it stood, reward for reward."""
         self.begin(slot, Lease(**saved["lease"]))
-        episode, host = self.episodes[slot], self.hosts[slot]
-        assert episode is not None
+        episode, host = self._answering(slot)
         try:
-            episode.observation.append(host.answer())
+            episode.see(host.answer())
             for action, controller, version in zip(saved["action"], saved["controller"], saved["version"], strict=True):
                 host.ask_step(action)
                 episode.record(step := host.answer(), int(controller), int(version))
@@ -207,71 +148,104 @@ class Rollout:
         except EnvironmentFault:
             return False
         episode.rng.bit_generator.state = saved["rng"]
+        self._to_act.append(slot)
         return np.array_equal(episode.reward, saved["reward"])
 
     def close(self) -> None:
         for host in self.hosts:
             host.close()
 
-    def _take_resets(self, wait_s: float) -> list[Outcome]:
-        outcomes = []
-        waiting = [(s, e) for s, e in enumerate(self.episodes) if e is not None and not e.observation]
-        if sum(e is not None for e in self.episodes) > len(waiting):
-            wait_s = 0.0  # the others go on
-        for slot, episode in waiting:
-            if not self.hosts[slot].ready(wait_s):
-                continue
-            wait_s = 0.0
-            try:
-                episode.observation.append(self.hosts[slot].answer())
-                self.policy.begin(slot)
-            except EnvironmentFault as fault:
-                outcomes.append(self._lost(slot, fault))
+    def _enough(self) -> int:
+        """How many environments the next forward serves: all that do not reset in lockstep, else half of them: the
+        other half steps meanwhile. At least one."""
+        steps = len(self._to_act) + sum(asked is not None for asked in self._asked.values())
+        return max(1, steps if self.lockstep else -(-steps // 2))
+
+    def _take_answers(self, wait_s: float) -> list[Outcome]:
+        """Takes answers as they come, until enough are there for the next forward, or `wait_s` are over."""
+        outcomes: list[Outcome] = []
+        until = time.monotonic() + wait_s
+        while self._asked:
+            short = len(self._to_act) < self._enough()
+            for slot in ready({s: self.hosts[s] for s in self._asked}, until - time.monotonic() if short else 0.0):
+                taken = self._take_reset(slot) if self._asked[slot] is None else self._take_step(slot)
+                outcomes += [] if taken is None else [taken]
+            if len(self._to_act) >= self._enough() or time.monotonic() >= until:
+                break
         return outcomes
 
-    def _planned(self, stepping: Mapping[int, Episode]) -> np.ndarray:
-        """Who the schedule gives this step of each slot to, [E]."""
-        controller = np.full(len(self.episodes), Controller.RANDOM, np.uint8)
-        for slot, episode in stepping.items():
-            controller[slot] = episode.plan[len(episode.action)]
-        return controller
+    def _take_reset(self, slot: int) -> Outcome | None:
+        episode, host = self._answering(slot)
+        try:
+            episode.see(host.answer())
+        except EnvironmentFault as fault:
+            return self._lost(slot, fault)
+        self.policy.begin(slot)
+        self._to_act.append(slot)
+        return None
 
-    def _act(self, stepping: Mapping[int, Episode], controller: np.ndarray) -> np.ndarray:
-        """Actions [E, A]; those of idle slots mean nothing. Sets `controller` [E] to who did choose."""
+    def _ask_steps(self, acting: Sequence[int]) -> None:
+        """Asks for an agent step in these slots, ascending. In lockstep the policy sees all slots: which of them are
+        empty changes no number."""
+        slots = list(range(len(self.episodes))) if self.lockstep else acting
+        episodes = [self.episodes[slot] if slot in acting else None for slot in slots]
+        plan = [Controller.RANDOM if e is None else e.plan[len(e.action)] for e in episodes]
+        controller = np.array(plan, np.uint8)
+        actions = self._act(slots, episodes, controller)
+        for row, slot in enumerate(slots):
+            if episodes[row] is not None:
+                self.hosts[slot].ask_step(actions[row])
+                self._asked[slot] = int(controller[row]), self.version
+
+    def _act(self, slots: Sequence[int], episodes: Sequence[Episode | None], controller: np.ndarray) -> np.ndarray:
+        """Actions [N, A] for the episodes in `slots`; where there is none they mean nothing. `controller` [N] is who
+        was planned, and is set to who did choose."""
         scheduled = controller == Controller.HUMAN
-        for slot in np.flatnonzero(scheduled).tolist():
-            controller[slot] = self._without_guide(stepping[slot])
-        rows = [stepping[s].observation[-1] if s in stepping else self._blank for s in range(len(self.episodes))]
-        observation = {k: np.stack([row[k] for row in rows]) for k in self._blank}
-        rngs = [stepping[s].rng if s in stepping else self._idle_rng for s in range(len(self.episodes))]
-        actions = self.policy.act(observation, controller, rngs, self.sample)
+        for row in np.flatnonzero(scheduled).tolist():
+            controller[row] = self._without_guide(episodes[row])
+        seen = [self._blank if episode is None else episode.newest for episode in episodes]
+        observation = {name: np.stack([one[name] for one in seen]) for name in self._blank}
+        rngs = [self._idle_rng if episode is None else episode.rng for episode in episodes]
+        actions = self.policy.act(observation, controller, rngs, self.sample, slots)
         if self.guides:
-            for slot, episode in stepping.items():
-                seen, step, asked = episode.observation[-1], len(episode.action), bool(scheduled[slot])
-                if (taken := guided_action(self.guides[slot], seen, step, asked, actions.shape[1])) is not None:
-                    actions[slot], controller[slot] = taken, Controller.HUMAN
-            self.policy.executed(actions)
+            for row, episode in enumerate(episodes):
+                if episode is None:
+                    continue
+                step, asked = len(episode.action), bool(scheduled[row])
+                taken = guided_action(self.guides[slots[row]], seen[row], step, asked, actions.shape[1])
+                if taken is not None:
+                    actions[row], controller[row] = taken, Controller.HUMAN
+            self.policy.executed(actions, slots)
         return actions
 
-    def _without_guide(self, episode: Episode) -> Controller:
+    def _without_guide(self, episode: Episode | None) -> Controller:
         """Who takes a step of the guide's that it leaves to the others."""
         if self.has_prior:
             return Controller.PRIOR
+        assert episode is not None, "a guide is asked in episodes only"
         return Controller.RANDOM if episode.lease.warmup else Controller.POLICY
 
-    def _take_step(self, slot: int, controller: int) -> Outcome:
-        episode, host = self.episodes[slot], self.hosts[slot]
-        assert episode is not None
+    def _take_step(self, slot: int) -> Outcome:
+        controller, version = self._asked[slot] or (0, 0)
+        episode, host = self._answering(slot)
         try:
             step = host.answer()
         except EnvironmentFault as fault:
             return self._lost(slot, fault)
-        episode.record(step, controller, self.version)
+        episode.record(step, controller, version)
         if not step.last and len(episode.action) < episode.lease.max_steps:
+            self._to_act.append(slot)
             return Outcome(episode.lease)
         self.episodes[slot] = None
         self._faults.clear()
-        return Outcome(episode.lease, episode.trajectory(host, f"{self.run}-{episode.lease.episode:08d}"))
+        return Outcome(episode.lease, episode.trajectory(self.task, f"{self.run}-{episode.lease.episode:08d}"))
+
+    def _answering(self, slot: int) -> tuple[Episode, Host]:
+        """The episode and the environment of a slot whose answer is taken now."""
+        episode = self.episodes[slot]
+        assert episode is not None, "nothing was asked"
+        del self._asked[slot]
+        return episode, self.hosts[slot]
 
     def _lost(self, slot: int, fault: EnvironmentFault) -> Outcome:
         """Drops the slot's episode and makes its environment anew."""

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from actors.rollout import Outcome, Rollout
+from actors.episode import Outcome
+from actors.rollout import Rollout
 from gsa.metrics import Meter
 from gsa.schema import Lease, NoLease, Trajectory, WeightSnapshot
 

@@ -127,7 +127,7 @@ def worker(task: str, envs: int, seconds: float) -> int:
     behaviour = BehaviourConfig(units=16, actor_layers=1, critic_layers=1, reward_layers=1)
     policy = GuidedPolicy(small, behaviour, 4, envs)
     make = partial(Isolated, task, "fast", ("benchmarks.workers",))
-    rollout = Rollout(make, envs, policy, GuidanceConfig("constant(0)"), False, seed=0)
+    rollout = Rollout(make, envs, policy, GuidanceConfig("constant(0)"), False, seed=0, lockstep=False)
     weights = MemoryBroadcast()
     tensors = {k: v.numpy() for k, v in policy._nets.state_dict().items()}
     weights.publisher().publish(WeightSnapshot(0, tensors))

@@ -181,10 +181,13 @@ def env_worker(
     """A worker with its E environments. Needs no file of the run, so it may live on any node."""
     make_host = partial(host, config)
     policy = guided_policy(about, config.envs)
-    rollout = Rollout(make_host, config.envs, policy, config.guidance, about.prior is not None, config.seed, about.run)
+    rollout = Rollout(
+        make_host, config.envs, policy, config.guidance, about.prior is not None, config.seed, about.run,
+        lockstep=config.local,
+    )  # fmt: skip
     if config.guide is not None:
         make_guide = find_guide(config.guide)
-        rollout.guides = [make_guide(h.task) for h in rollout.hosts]
+        rollout.guides = [make_guide(rollout.task) for _ in rollout.hosts]
     return EnvWorker(name, rollout, replay, weights, prior)
 
 
@@ -197,7 +200,7 @@ def play(rollout: Rollout, who: str, episodes: int) -> list[Trajectory]:
     """Whole episodes under one controller, for evaluation: "random", "prior" or "policy". One that a fault of the
     environment ends is left out, and the next number is played in its place."""
     rollout.has_prior = who == "prior"
-    steps = rollout.hosts[0].task.episode_steps
+    steps = rollout.task.episode_steps
     numbers = itertools.count()
     played: dict[int, Trajectory] = {}
     under_way = 0

@@ -65,7 +65,7 @@ class ActsByStep:
     def begin(self, slot):
         self.step = 0
 
-    def act(self, observation, controller, rngs, sample=True):
+    def act(self, observation, controller, rngs, sample=True, slots=None):
         self.step += 1
         return np.full((1, 2), (self.step - 1) / 100, np.float32)
 

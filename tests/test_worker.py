@@ -1,3 +1,4 @@
+import time
 from collections import deque
 
 import numpy as np
@@ -18,19 +19,20 @@ class EncodesStep:
 
     def __init__(self, envs):
         self.steps = np.zeros(envs, int)
-        self.loaded = []
+        self.loaded, self.acted = [], []
 
     def begin(self, slot):
         self.steps[slot] = 0
 
-    def act(self, observation, controller, rngs, sample=True):
-        seen = observation["pixels"][:, 0, 0, 0]
-        assert (seen[seen > 0] == self.steps[seen > 0]).all()
-        self.steps += 1
+    def act(self, observation, controller, rngs, sample=True, slots=None):
+        seen, steps = observation["pixels"][:, 0, 0, 0], self.steps[slots]
+        assert (seen[seen > 0] == steps[seen > 0]).all()
+        self.steps[slots] += 1
+        self.acted.append(list(slots))
         self.controllers = controller.copy()
-        return np.repeat(((self.steps - 1) / 100)[:, None], 2, axis=1).astype(np.float32)
+        return np.repeat((steps / 100)[:, None], 2, axis=1).astype(np.float32)
 
-    def executed(self, action):
+    def executed(self, action, slots=None):
         self.told = action.copy()
 
     def load_tensors(self, tensors):
@@ -59,14 +61,16 @@ class Weights:
         return WeightSnapshot(self.versions.popleft(), {}) if self.versions else None
 
 
-def worker(leases, environments, weights=(0,), guidance="constant(0)", has_prior=False, then=counting, guides=()):
+def worker(leases, environments, weights=(0,), guidance="constant(0)", has_prior=False, then=counting, guides=(),
+           lockstep=True):  # fmt: skip
     """A worker of these environments; `then` makes those that replace them."""
     replay, made = Replay(leases), deque(environments)
     make = lambda: InProcess(lambda: made.popleft() if made else then())  # noqa: E731
     policy = EncodesStep(len(environments))
     rollout = Rollout(
-        make, len(environments), policy, GuidanceConfig(guidance), has_prior, seed=3, run="test", guides=guides
-    )
+        make, len(environments), policy, GuidanceConfig(guidance), has_prior, seed=3, run="test", guides=guides,
+        lockstep=lockstep,
+    )  # fmt: skip
     return EnvWorker("w", rollout, replay, Weights(*weights), None), replay
 
 
@@ -74,8 +78,9 @@ def leases(n, steps=STEPS, warmup=False):
     return [Lease(i, steps, i * steps, warmup) for i in range(n)]
 
 
-def test_time_is_kept_from_simulator_to_trajectory_in_every_slot():
-    w, replay = worker(leases(5), [counting() for _ in range(3)])
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_time_is_kept_from_simulator_to_trajectory_in_every_slot(lockstep):
+    w, replay = worker(leases(5), [counting() for _ in range(3)], lockstep=lockstep)
     while w.tick():
         pass
     assert sorted(e for e, _ in replay.added) == [0, 1, 2, 3, 4]
@@ -101,8 +106,11 @@ def test_an_episode_depends_on_its_number_not_on_the_slot_or_worker():
         assert (first[episode].observation["pixels"] == second[episode].observation["pixels"]).all()
 
 
-def test_controller_and_policy_version_are_recorded_for_every_step():
-    w, replay = worker(leases(1), [counting()], weights=(7, 8, 9), guidance="constant(1)", has_prior=True)
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_controller_and_policy_version_are_recorded_for_every_step(lockstep):
+    w, replay = worker(
+        leases(1), [counting()], weights=(7, 8, 9), guidance="constant(1)", has_prior=True, lockstep=lockstep
+    )
     while w.tick():
         pass
     trajectory = replay.added[0][1]
@@ -135,9 +143,10 @@ def test_no_step_before_the_prior_it_needs():
     assert w.tick()
 
 
-def test_a_broken_environment_loses_its_episode_only():
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_broken_environment_loses_its_episode_only(lockstep):
     broken = counting(fail_at=9)
-    w, replay = worker(leases(3), [broken, counting()])
+    w, replay = worker(leases(3), [broken, counting()], lockstep=lockstep)
     while w.tick():
         pass
     assert replay.released == [0]
@@ -145,6 +154,29 @@ def test_a_broken_environment_loses_its_episode_only():
     assert w.rollout.hosts[0]._environment is not broken
     assert w.stats()["worker/faults"] == 1
     assert "the simulator broke" in w.faults()[0] and w.faults() == []
+
+
+def test_out_of_lockstep_each_forward_serves_half_of_the_environments_and_none_is_left_behind():
+    w, replay = worker(leases(4, steps=20), [counting() for _ in range(4)], lockstep=False)
+    while w.tick():
+        steps = [len(e.action) for e in w.rollout.episodes if e is not None]
+        assert not replay.added or len(steps) < 4
+        assert not steps or max(steps) - min(steps) <= 2
+    assert {len(slots) for slots in w.rollout.policy.acted} <= {1, 2}
+    assert sorted(e for e, _ in replay.added) == [0, 1, 2, 3]
+
+
+def test_out_of_lockstep_an_environment_that_hangs_stops_no_other():
+    w, replay = worker(leases(5), [counting() for _ in range(4)])
+    names = iter(["gym/Hangs-v0"] + ["gym/Counting-v0"] * 9)
+    make = lambda: Isolated(next(names), imports=("tests.gym_faulty",), timeout_s=600.0)  # noqa: E731
+    w.rollout = Rollout(make, 4, w.rollout.policy, GuidanceConfig("constant(0)"), False, seed=0, lockstep=False)
+    end = time.monotonic() + 60
+    w.run(lambda: len(replay.added) == 4 or time.monotonic() > end)
+    assert sorted(e for e, _ in replay.added) == [1, 2, 3, 4]
+    hung = w.rollout.hosts[0]
+    hung._process.kill()
+    w.close()
 
 
 def test_ten_faults_of_one_cause_end_the_worker_with_that_cause():

@@ -54,8 +54,10 @@ class GuidedPolicy:
         self._fresh = np.ones(envs, bool)
         self._vectors: np.ndarray | None = None
         if prior is not None:
-            channels = prior.observation.channels
-            self._frames = np.zeros((envs, *IMAGE_SHAPE[:2], prior.config.frames, channels), np.uint8)
+            seen = prior.observation
+            self._frames = np.zeros((envs, *IMAGE_SHAPE[:2], prior.config.frames, seen.channels), np.uint8)
+            if seen.vectors:
+                self._vectors = np.zeros((envs, seen.length), np.float32)
 
     def load_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes over published weights between two steps; latents stay. All of them are checked before any is copied.
@@ -75,42 +77,47 @@ class GuidedPolicy:
             raise UsageError("This policy was made without a prior actor.")
         storage.fill_from_arrays(self.prior, tensors, "The prior actor")
 
+    @torch.inference_mode()
     def begin(self, env: int) -> None:
         """A new episode in environment `env`: forgets its latent, previous action and frames."""
         for tensor in (*self.state, self._previous_action):
             tensor[env] = 0
         self._fresh[env] = True
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, observation: Mapping[str, np.ndarray], controller: np.ndarray, rngs: Sequence[np.random.Generator],
-        sample: bool = True,
+        sample: bool = True, slots: Sequence[int] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """One action for each environment: float32 [E, A] in [-1, 1].
+        """One action for each of N environments: float32 [N, A] in [-1, 1].
 
-        observation: name → uint8 [E, 64, 64, 3] or float32 [E, V]; what the model does not see is ignored, and what it
-        lacks is a SpecMismatch. controller [E] of Controller: who chooses; rngs: E generators.
+        observation: name → uint8 [N, 64, 64, 3] or float32 [N, V]; what the model does not see is ignored, and what it
+        lacks is a SpecMismatch. controller [N] of Controller: who chooses; rngs: N generators; slots: which of the E
+        environments these are, ascending; all of them unless told.
         The policy samples, or acts by its mean without `sample`. The filter sees every observation and assumes that
         what is returned is executed.
         """
-        self.model.observation.require(observation, "The policy", "the observation", (self.envs,))
-        self._filter(observation, rngs)
-        self._remember(observation)
-        action = np.zeros((self.envs, self.action_dim), np.float32)
+        which = np.arange(self.envs) if slots is None else np.asarray(slots)
+        self.model.observation.require(observation, "The policy", "the observation", (len(which),))
+        self._filter(which, observation, rngs)
+        self._remember(which, observation)
+        action = np.zeros((len(which), self.action_dim), np.float32)
         for who, choose in (
             (Controller.RANDOM, self._random), (Controller.PRIOR, self._prior), (Controller.POLICY, self._policy),
         ):  # fmt: skip
             rows = np.flatnonzero(controller == who)
             if len(rows):
-                action[rows] = choose(rows, rngs, sample)
+                action[rows] = choose(which[rows], [rngs[row] for row in rows.tolist()], sample)
         np.clip(action, -1, 1, out=action)
-        self.executed(action)
+        self.executed(action, which)
         return action
 
-    @torch.no_grad()
-    def executed(self, action: np.ndarray) -> None:
-        """Tells the filter what was executed [E, A], where that is not what `act` returned: a person took over."""
-        self._previous_action[:, : self.action_dim] = torch.from_numpy(action)
+    @torch.inference_mode()
+    def executed(self, action: np.ndarray, slots: Sequence[int] | np.ndarray | None = None) -> None:
+        """Tells the filter what was executed [N, A] in `slots`, where that is not what `act` returned: a person took
+        over."""
+        which = slice(None) if slots is None else np.asarray(slots)
+        self._previous_action[which, : self.action_dim] = torch.from_numpy(action)
 
     def memory(self) -> dict[str, Any]:
         """What it remembers of the episodes under way, without its weights. The arrays are the live ones."""
@@ -126,44 +133,54 @@ class GuidedPolicy:
         self._fresh = memory["fresh"].copy()
         self._frames = None if memory["frames"] is None else memory["frames"].copy()
 
-    def _filter(self, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]) -> None:
+    def _filter(
+        self, which: np.ndarray, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]
+    ) -> None:
         uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])
         seen = {name: torch.from_numpy(_writable(observation[name])) for name in self.model.observation.names}
         inputs = observations.prepare(self.model.observation, seen)
         features = observations.encode(self.encoder, self.vector_encoder, inputs)
-        self.state = rssm.filter_step(
-            self._transition, self.posterior, self.state, self._previous_action, features,
+        everyone = len(which) == self.envs
+        before = (*self.state, self._previous_action)
+        deter, stoch, previous_action = before if everyone else (x[which] for x in before)
+        state = rssm.filter_step(
+            self._transition, self.posterior, State(deter, stoch), previous_action, features,
             torch.from_numpy(uniform), self.model.unimix,
         )  # fmt: skip
+        if everyone:
+            self.state = state
+            return
+        for kept, new in zip(self.state, state, strict=True):
+            kept[which] = new
 
-    def _remember(self, observation: Mapping[str, np.ndarray]) -> None:
+    def _remember(self, which: np.ndarray, observation: Mapping[str, np.ndarray]) -> None:
         """Keeps what the prior actor sees: the last frames and the present vectors."""
         if self.prior is None or self._frames is None:
             return
         seen = self.prior.observation
-        pixels = cameras(observation, seen)
-        self._frames[:, :, :, :-1] = self._frames[:, :, :, 1:]
-        self._frames[:, :, :, -1] = pixels
-        self._frames[self._fresh] = pixels[self._fresh, :, :, None]
-        if seen.vectors:
-            self._vectors = np.concatenate([observation[name] for name, _ in seen.vectors], -1)
-        self._fresh[:] = False
+        pixels, fresh = cameras(observation, seen), self._fresh[which]
+        frames = np.concatenate([self._frames[which, :, :, 1:], pixels[:, :, :, None]], 3)
+        frames[fresh] = pixels[fresh, :, :, None]
+        self._frames[which] = frames
+        if self._vectors is not None:
+            self._vectors[which] = np.concatenate([observation[name] for name, _ in seen.vectors], -1)
+        self._fresh[which] = False
 
-    def _random(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
-        return np.stack([rngs[e].uniform(-1, 1, self.action_dim) for e in rows]).astype(np.float32)
+    def _random(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+        return np.stack([rng.uniform(-1, 1, self.action_dim) for rng in rngs]).astype(np.float32)
 
-    def _prior(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+    def _prior(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
         if self.prior is None or self._frames is None:
             raise UsageError("The schedule asks for the prior actor, and this policy was made without one.")
-        frames = torch.from_numpy(self._frames[rows]).flatten(3)
-        vectors = None if self._vectors is None else torch.from_numpy(self._vectors[rows])
+        frames = torch.from_numpy(self._frames[which]).flatten(3)
+        vectors = None if self._vectors is None else torch.from_numpy(self._vectors[which])
         return self.prior(frames, vectors).numpy()
 
-    def _policy(self, rows: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
-        mean, std = (x.numpy() for x in self.actor(State(*(x[rows] for x in self.state))))
+    def _policy(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+        mean, std = (x.numpy() for x in self.actor(State(*(x[which] for x in self.state))))
         if not sample:
             return mean
-        return mean + std * np.stack([rngs[e].standard_normal(self.action_dim, np.float32) for e in rows])
+        return mean + std * np.stack([rng.standard_normal(self.action_dim, np.float32) for rng in rngs])
 
 
 class Policy:
