@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsa.agent import kernels
 from gsa.errors import UsageError
 from learner.config import ComputeConfig
 
 
 def set_up(config: ComputeConfig) -> torch.device:
-    """The device to compute on. Sets this process's CPU threads where the config gives a number."""
+    """The device to compute on. Sets this process's CPU threads where the config gives a number, and whether it takes
+    the kernels of gsa.agent.kernels. Raises UsageError where what is asked for is not there."""
     if config.threads:
         torch.set_num_threads(config.threads)
     available = torch.cuda.is_available()
@@ -21,7 +23,14 @@ def set_up(config: ComputeConfig) -> torch.device:
         raise UsageError(
             f"There is no GPU that torch {torch.__version__} can use: take --device cpu, or install torch for CUDA."
         )
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    kernels.enabled = config.compile != "off"
+    if config.compile == "on" and device.type == "cpu" and not kernels.available():
+        raise UsageError(
+            "The CPU's kernels cannot be compiled: install a C compiler ('cc', or name one in CC), or take "
+            "--compute.compile auto, which does without."
+        )
+    return device
 
 
 def generator_for(device: torch.device, seed: int, update: int) -> torch.Generator:

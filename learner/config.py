@@ -32,6 +32,7 @@ class ComputeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     precision: Precision = "auto"  # of matrix products; auto: bfloat16 where the hardware has units for it
     threads: int = 0  # CPU threads; 0 leaves them as they are
+    compile: Literal["auto", "on", "off"] = "auto"  # CPU: kernels in C; GPU: CUDA graphs. auto: where they work
 
     def __post_init__(self) -> None:
         if self.threads < 0:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsa.agent.kernels import norm_silu
 
 
 class BlockLinear(nn.Module):
@@ -33,7 +36,16 @@ class BlockLinear(nn.Module):
         return y.transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
 
 
-class ChannelNorm(nn.LayerNorm):
+class Norm(nn.LayerNorm):
+    """Layer normalisation that can take the SiLU after it along."""
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the normalised x, [..., n] → [..., n]."""
+        y = norm_silu(x, self.weight, self.bias, self.eps)
+        return F.silu(self(x)) if y is None else y
+
+
+class ChannelNorm(Norm):
     """Layer normalisation over the channels of [N, C, H, W]; memory stays channels-last."""
 
     def __init__(self, channels: int) -> None:
@@ -45,10 +57,33 @@ class ChannelNorm(nn.LayerNorm):
             rows = rows.to(self.weight.dtype)
         return super().forward(rows).to(x.dtype).permute(0, 3, 1, 2)
 
+    def silu(self, x: Tensor) -> Tensor:
+        y = norm_silu(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps)
+        return F.silu(self(x)) if y is None else y.permute(0, 3, 1, 2)
+
+
+class Layers(nn.Sequential):
+    """One layer after the other, with normalisation and SiLU as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for run in fused(self):
+            x = run(x)
+        return x
+
+
+def fused(layers: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The same layers, with each normalisation that SiLU follows as one with it."""
+    row = list(layers)
+    for before, layer, after in zip([None, *row], row, [*row[1:], None], strict=False):
+        if isinstance(layer, Norm) and isinstance(after, nn.SiLU):
+            yield layer.silu
+        elif not (isinstance(before, Norm) and isinstance(layer, nn.SiLU)):
+            yield layer
+
 
 def dense(inputs: int, outputs: int, activation: type[nn.Module] = nn.SiLU) -> list[nn.Module]:
     """Linear, layer normalisation, activation."""
-    return [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), activation()]
+    return [nn.Linear(inputs, outputs), Norm(outputs), activation()]
 
 
 class StateMLP(nn.Module):
@@ -56,11 +91,11 @@ class StateMLP(nn.Module):
 
     def __init__(self, deter: int, latent: int, outputs: int, layers: int, units: int, blocks: int) -> None:
         super().__init__()
-        self.deter = nn.Sequential(
-            BlockLinear(deter, 2 * units, blocks), nn.LayerNorm(2 * units), nn.SiLU(), nn.Linear(2 * units, units)
+        self.deter = Layers(
+            BlockLinear(deter, 2 * units, blocks), Norm(2 * units), nn.SiLU(), nn.Linear(2 * units, units)
         )
         self.stoch = nn.Linear(latent, units)
-        self.net = nn.Sequential(*(m for _ in range(layers) for m in dense(units, units)))
+        self.net = Layers(*(m for _ in range(layers) for m in dense(units, units)))
         self.last = nn.Linear(units, outputs)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:

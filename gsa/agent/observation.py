@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gsa.agent.layers import dense
+from gsa.agent.layers import Layers, dense
 from gsa.agent.precision import full
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig
 from gsa.agent.twohot import symexp, symlog
@@ -49,11 +49,11 @@ def split(config: ObservationConfig, images: Tensor | None, vectors: Tensor | No
     return found
 
 
-def encoders(config: WorldModelConfig) -> tuple[Encoder | None, nn.Sequential | None]:
+def encoders(config: WorldModelConfig) -> tuple[Encoder | None, Layers | None]:
     """The network that sees the images and the one that sees the vectors."""
     seen, hidden = config.observation, config.hidden
     images = Encoder(seen.channels, config.depth) if seen.images else None
-    vectors = nn.Sequential(*dense(seen.length, hidden), *dense(hidden, hidden)) if seen.vectors else None
+    vectors = Layers(*dense(seen.length, hidden), *dense(hidden, hidden)) if seen.vectors else None
     return images, vectors
 
 

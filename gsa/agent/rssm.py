@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsa.agent import latents
-from gsa.agent.layers import BlockLinear, dense
+from gsa.agent.layers import BlockLinear, Layers, Norm, dense
 from gsa.agent.unroll import Unrolled, unroll
 
 
@@ -47,11 +47,11 @@ class RecurrentCell(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks, self.gates = blocks, gates
-        self.deter = nn.Sequential(*dense(deter, hidden))
-        self.stoch = nn.Sequential(*dense(latent, hidden))
-        self.action = nn.Sequential(*dense(action, hidden))
+        self.deter = Layers(*dense(deter, hidden))
+        self.stoch = Layers(*dense(latent, hidden))
+        self.action = Layers(*dense(action, hidden))
         self.mix = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
-        self.norm = nn.LayerNorm(deter)
+        self.norm = Norm(deter)
         self.gate = BlockLinear(deter, 3 * deter, blocks)
 
 
@@ -79,7 +79,7 @@ class Transition:
         """As a call, from the action's projection [N, hidden]."""
         deter = state.deter.to(action.dtype)
         inputs = torch.cat([self._deter(deter), self._stoch(state.stoch), action], -1)
-        x = F.silu(self._cell.norm(self._own(deter) + self._shared(inputs)))
+        x = self._cell.norm.silu(self._own(deter) + self._shared(inputs))
         if self._cell.gates == "flat":
             return _gated(state.deter, *self._gate(x).chunk(3, -1))
         by_block = state.deter.unflatten(-1, (self._cell.blocks, -1)).transpose(0, 1)  # [G, N, D/G]
@@ -99,7 +99,7 @@ class Head(nn.Module):
         super().__init__()
         self.first = nn.Linear(inputs, hidden)
         deeper = (m for _ in range(layers - 1) for m in dense(hidden, hidden))
-        self.net = nn.Sequential(nn.LayerNorm(hidden), nn.SiLU(), *deeper, nn.Linear(hidden, stoch * classes))
+        self.net = Layers(Norm(hidden), nn.SiLU(), *deeper, nn.Linear(hidden, stoch * classes))
         self.shape = (stoch, classes)
 
     def forward(self, x: Tensor) -> Tensor:

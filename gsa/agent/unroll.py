@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gsa.agent.layers import BlockLinear
+from gsa.agent.layers import BlockLinear, fused
 from gsa.agent.precision import compute_dtype
 
 Map = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ class Unrolled:
 
 def unroll(layers: Iterable[nn.Module]) -> Map:
     """The layers one after the other, with their linear maps unrolled. Holds for one graph."""
-    maps = [Unrolled.of(m) if isinstance(m, nn.Linear | BlockLinear) else m for m in layers]
+    maps = [Unrolled.of(m) if isinstance(m, nn.Linear | BlockLinear) else m for m in fused(layers)]
 
     def run(x: Tensor) -> Tensor:
         for each in maps:

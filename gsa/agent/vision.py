@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gsa.agent.layers import BlockLinear, ChannelNorm, dense
+from gsa.agent.layers import BlockLinear, ChannelNorm, Layers, Norm, dense
 from gsa.agent.precision import compute_dtype, full
 
 OFFSET = 128 / 255 - 0.5
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = [ChannelNorm(depth), activation()]
         for inputs in (depth, 2 * depth, 4 * depth):
             layers += [nn.Conv2d(inputs, 2 * inputs, 4, stride=2), ChannelNorm(2 * inputs), activation()]
-        self.net = nn.Sequential(*layers)
+        self.net = Layers(*layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [..., 64, 64, C] → [..., 32·depth]."""
@@ -64,15 +64,15 @@ class Decoder(nn.Module):
     def __init__(self, deter: int, latent: int, hidden: int, depth: int, blocks: int, channels: int = 3) -> None:
         super().__init__()
         features = 32 * depth
-        self.deter = nn.Sequential(
-            BlockLinear(deter, 2 * hidden, blocks), nn.LayerNorm(2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, features)
+        self.deter = Layers(
+            BlockLinear(deter, 2 * hidden, blocks), Norm(2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, features)
         )
-        self.stoch = nn.Sequential(*dense(latent, 2 * hidden), nn.Linear(2 * hidden, features))
+        self.stoch = Layers(*dense(latent, 2 * hidden), nn.Linear(2 * hidden, features))
         self.first = nn.ConvTranspose2d(features, 4 * depth, 5, stride=2)
         layers: list[nn.Module] = [ChannelNorm(4 * depth), nn.SiLU()]
         for inputs, kernel in ((4 * depth, 5), (2 * depth, 6)):
             layers += [Deconvolution(inputs, inputs // 2, kernel, stride=2), ChannelNorm(inputs // 2), nn.SiLU()]
-        self.net = nn.Sequential(*layers)
+        self.net = Layers(*layers)
         self.last = nn.ConvTranspose2d(depth, channels, 6, stride=2)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
