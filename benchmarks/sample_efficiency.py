@@ -7,6 +7,7 @@ the results: mean and interquartile mean of normalised scores with stratified bo
 gain over scratch, probability of improvement, frames to scratch's final result. Only tasks and seeds are compared for
 which every method is done. Nothing here is a race: there are no rivals but the methods.
 
+`suites/pilots.yaml` (scratch alone) is what tasks and budget are chosen by; what was run of it is kept in pilots.json.
 Finished trials are kept in benchmarks/results/evidence/, a file each, with the pre-trained world model: on another
 machine, or in an empty folder, the suite goes on from them. Until all are there the result is partial, and says so.
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 SUITE, FOLDER = ROOT / "suites" / "evidence.yaml", ROOT / "runs" / "evidence"
 KEPT, POOL = harness.RESULTS / "evidence", harness.RESULTS / "pool.json"
+PILOTS, PILOTS_FOLDER = harness.RESULTS / "pilots.json", ROOT / "runs" / "pilots"
 WORLD_MODEL = ("world_model.json", "world_model.safetensors", "config.yaml", "metrics.jsonl")
 EXPERT = {"metaworld": ("scripted-0", 10), "dmc": ("planner-1", 5)}
 SEQUENCES, LENGTH, STATES, REPEATS = 64, 32, 300, 10  # of the Wasserstein distances, see `gsa shift`
@@ -62,6 +64,7 @@ def main() -> int:
     trials = gather(KEPT, FOLDER, planned)
     if options.save:
         keep(KEPT, FOLDER, trials)
+        keep_pilots(PILOTS, PILOTS_FOLDER)
     found = analysis.analyse(trials, suite)
     found["planned"], found["expert"] = len(planned), _read(FOLDER / "experts" / "collect.json")
     code = harness.finish("sample_efficiency", found, analysis.goals(found, len(planned)), options)
@@ -107,6 +110,29 @@ def keep(kept: Path, folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
             _copy(source, kept / "world_model" / name)
     if report := _read(folder / "collected" / "collect.json"):
         POOL.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def keep_pilots(kept: Path, folder: Path) -> None:
+    """Adds what has been run of suites/pilots.yaml to the record of the pilots. None that is in it is lost."""
+    record = _read(kept) or {"record": "pilots", "pilots": []}
+    rows = {row["name"]: row for row in record["pilots"]}
+    for path in sorted((folder / "results").glob("*.json")):
+        rows[path.stem] = pilot(json.loads(path.read_text()))
+    if rows:
+        kept.write_text(json.dumps(record | {"pilots": list(rows.values())}, indent=1) + "\n")
+
+
+def pilot(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished trial as a row of that record."""
+    settings = result["settings"]
+    updates = (result["frames"] - settings["warmup_frames"]) / 2 * settings["train_ratio"]
+    return {
+        "name": result["name"], "task": result["task"], "seed": result["seed"], "frames": result["frames"],
+        "updates": round(updates / settings["batch"] / settings["length"]),
+        "curve": [{key: round(row[key], 1) for key in ("frames", "score", "return")} for row in result["curve"]],
+        "score": result["score"], "return": result["return"], "ended": "at its budget", "commit": result["commit"],
+        "seconds": result["seconds"], "settings": settings,
+    }  # fmt: skip
 
 
 def observe(folder: Path, trial: Trial) -> None:

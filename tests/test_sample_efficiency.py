@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import analysis, page
-from benchmarks.sample_efficiency import SUITE, gather, keep, restore
+from benchmarks.sample_efficiency import SUITE, gather, keep, keep_pilots, pilot, restore
 from deploy.suite_config import SuiteConfig, Trial
 from gsa import config as configs
 from gsa.errors import UsageError
@@ -126,6 +126,22 @@ def test_a_trial_under_other_settings_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "results" / f"{planned[0].name}.json").write_text(json.dumps(result))
     with pytest.raises(UsageError, match="other settings"):
         gather(tmp_path / "none", tmp_path, planned)
+
+
+def test_pilots_are_added_to_those_that_are_kept(tmp_path: Path) -> None:
+    suite = configs.load(SuiteConfig, SUITE.with_name("pilots.yaml"))
+    planned = suite.trials(tmp_path)[0]
+    kept = tmp_path / "pilots.json"
+    kept.write_text(json.dumps({"record": "pilots", "pilots": [{"name": "an earlier one"}]}))
+    done = trial(TASKS[0], "scratch", 0, 20) | {"name": planned.name, "settings": planned.settings(), "commit": "0"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{planned.name}.json").write_text(json.dumps(done))
+    for _ in range(2):
+        keep_pilots(kept, tmp_path)
+    names = [row["name"] for row in json.loads(kept.read_text())["pilots"]]
+    assert names == ["an earlier one", planned.name]
+    text, _ = page.page({}, {}, json.loads(json.dumps({"pilots": [pilot(done)]})))
+    assert planned.task in text and "at its budget" in text
 
 
 def test_the_page_has_the_kept_numbers() -> None:
