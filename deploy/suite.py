@@ -108,6 +108,7 @@ def check(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:
         needs = tasks.find(trial.task, trial.config.imports).embodiment
         if sources and trial.config.rehearses and needs not in embodiments:
             raise UsageError(f"{trial.name} rehearses, and no source of the pool is of its embodiment {needs}.")
+    _inputs(suite, trials, folder)
     for trial in trials:
         _require_same_settings(trial, folder)
 
@@ -121,11 +122,7 @@ def share(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:
 
     choose_backend()
     needed = [trial for trial in trials if trial.config.uses_pool]
-    inputs = _inputs(suite) if needed else {}
-    known = json.loads((folder / INPUTS).read_text()) if (folder / INPUTS).exists() else {}
-    if different := [name for name in inputs if name in known and inputs[name] != known[name]]:
-        raise UsageError(f"{folder} was begun with another {' and '.join(different)}: choose another --out.")
-    write_json(folder / INPUTS, known | inputs)
+    write_json(folder / INPUTS, _inputs(suite, trials, folder))
     if not needed:
         return
     first, done = needed[0].config, stages_done(folder)
@@ -201,22 +198,26 @@ class Stopping:
             raise Stopped(STOPPED)
 
 
-def _inputs(suite: SuiteConfig) -> dict[str, str]:
-    """Hashes of what decides the pool and the world model."""
+def _inputs(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> dict[str, str]:
+    """Hashes of what decides the pool and the world model. UsageError where the folder was begun with others."""
+    path = folder / INPUTS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if not any(trial.config.uses_pool for trial in trials):
+        return known
     pool: Any = [suite.pool.sources, suite.pool.seed]
     if suite.pool.store is not None:
         from retrieval.store import TrajectoryStore
 
         with TrajectoryStore.open(suite.pool.store) as store:
             pool = [store.id, len(store)]
-    if suite.world_model.pretrain is not None:
-        model: Any = configs.to_dict(suite.world_model.pretrain)
+    if suite.world_model.folder is not None:
+        model: Any = [_digest(p.read_bytes()) for p in sorted(suite.world_model.folder.glob("world_model.*"))]
     else:
-        assert suite.world_model.folder is not None
-        model = sorted((p.name, _digest(p.read_bytes())) for p in suite.world_model.folder.glob("world_model.*"))
-        if not model:
-            raise UsageError(f"{suite.world_model.folder} has no world model.")
-    return {name: _digest(json.dumps(of).encode()) for name, of in (("pool", pool), ("world model", model))}
+        model = configs.to_dict(suite.world_model.pretrain)
+    inputs = {name: _digest(json.dumps(of).encode()) for name, of in (("pool", pool), ("world model", model))}
+    if different := [name for name in inputs if known.get(name, inputs[name]) != inputs[name]]:
+        raise UsageError(f"{folder} was begun with another {' and '.join(different)}: choose another --out.")
+    return inputs
 
 
 def _digest(data: bytes) -> str:
