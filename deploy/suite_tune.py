@@ -54,7 +54,7 @@ def run_trials(
         from ray import tune
 
         for name in ("ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told by the folder
         work = folder / "tune"
         stack.callback(shutil.rmtree, work, True)
         order, stopper = _order(at_a_time, stop, watch)
