@@ -69,6 +69,12 @@ def stop_on(*signals: signal.Signals) -> Iterator[threading.Event]:
             signal.signal(each, handler)
 
 
+def end_with_parent(by: signal.Signals) -> None:
+    """This process gets that signal when the thread that started it ends, however it does. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
+
+
 @contextmanager
 def _environment(folder: str, processes: int) -> Iterator[None]:
     """What the processes inherit: loopback alone, a meeting place in the file system, their share of the cores."""
@@ -124,8 +130,7 @@ def _cause(rank: SpawnProcess, processes: int, folder: Path) -> GsaError:
 def _rank(target: Callable[..., None], arguments: tuple[Any, ...], folder: Path, rank: int) -> None:
     """The life of one process. Ctrl-C is the parent's to hear; it ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     try:
         target(*arguments)

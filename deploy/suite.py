@@ -48,7 +48,7 @@ def run(
     trials = chosen(suite.trials(folder), only)
     check(suite, trials, folder)
     left = [trial for trial in trials if not result_path(folder, trial).exists()]
-    console.print(f"{suite.name}: {len(trials)} trials, {len(trials) - len(left)} of them done.")
+    console.print(f"{suite.name}: trials: {len(trials)}, done: {len(trials) - len(left)}.")
     if left:
         suite_forecast.forecast(suite, trials, left, folder, dry_run)
     if dry_run:
@@ -76,16 +76,17 @@ def run(
 
 def conclude(trials: Sequence[Trial], folder: Path, out_of_time: bool) -> int:
     """Says what came of the trials. 1 where one failed."""
-    failed = failures(folder)
+    failed = {name: why for name, why in failures(folder).items() if name in {trial.name for trial in trials}}
     left = [t for t in trials if not result_path(folder, t).exists() and t.name not in failed]
     for trial in trials:
         if trial.name in failed:
             console.print(f"failed: {trial.name}: {failed[trial.name]}", soft_wrap=True, markup=False)
-    console.print(f"{len(trials) - len(left) - len(failed)} trials done, {len(failed)} failed, {len(left)} left.")
+    done = len(trials) - len(left) - len(failed)
+    console.print(f"Of {len(trials)} trials {done} are done, {len(failed)} failed, {len(left)} are left.")
     if left:
         why = "The time is over; the" if out_of_time else "The"
         console.print(f"{why} same command goes on with the rest: {folder}", soft_wrap=True)
-    return 1 if any(t.name in failed for t in trials) else 0
+    return 1 if failed else 0
 
 
 def check(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:

@@ -4,7 +4,6 @@ process of its own below Tune's, so that it can be stopped, killed and looked at
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.distributed import start_ray
-from deploy.processes import PR_SET_PDEATHSIG
 from deploy.suite_config import Resources, Trial
 from deploy.trial import STOP, write_json
 
@@ -99,7 +97,7 @@ def run_process(folder: Path, name: str, python: str, here: str, variables: dict
     with (run / LOG).open("ab") as log:
         process = subprocess.Popen(
             [python, "-m", "deploy.trial", str(folder), name], cwd=here, env=ours | variables | threads,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_ends_with_parent,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
         try:
             code = _wait(process, folder / STOP)
@@ -145,12 +143,6 @@ def _tell(folder: Path, name: str, reason: str) -> None:
     told = folder / "failures" / f"{name}.json"
     if not told.exists():
         write_json(told, {"name": name, "reason": reason})
-
-
-def _ends_with_parent() -> None:
-    """In the child: it ends when whoever started it does, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _order(at_a_time: int, stop: Stop, watch: Callable[[], None]) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.processes import end_with_parent
 from deploy.suite_config import SuiteConfig, Trial
 from gsa import config as configs
 from gsa.errors import GsaError, Stopped
@@ -39,12 +41,12 @@ def run_trial(folder: Path, name: str) -> Path:
     suite = configs.load(SuiteConfig, folder / SUITE)
     trial = next(trial for trial in suite.trials(folder) if trial.name == name)
     result = folder / "results" / f"{name}.json"
-    if result.exists():
-        return result
     assert trial.config.out is not None
     run = trial.config.out
     run.mkdir(parents=True, exist_ok=True)
     with alone(run):
+        if result.exists():  # made by a process that outlived its suite
+            return result
         with (run / ATTEMPTS).open("a") as file:
             file.write(json.dumps({"started": time.time()}) + "\n")
         if trial.config.rehearses:
@@ -188,5 +190,6 @@ def main(folder: Path, name: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

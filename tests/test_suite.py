@@ -220,7 +220,7 @@ def test_committed_suites_are_valid_and_say_what_they_take(path, tmp_path, capsy
     assert "hours of trials" in said or "minutes of trials" in said
     assert not (tmp_path / "out").exists()
     if path.stem == "paper72":
-        assert len(suite.tasks) == 72 and "1296 trials" in said
+        assert len(suite.tasks) == 72 and "trials: 1296" in said
 
 
 @pytest.mark.slow
@@ -260,3 +260,11 @@ def test_frames_are_counted_only_where_a_curve_gets_there(tmp_path):
     write_suite_report(folder)
     rows = json.loads((folder / "report.json").read_text())["per_task"]["dmc/walker-walk"]
     assert rows["naive"]["frames_to_scratch"] is None
+
+
+def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path, capsys):
+    """So early that not even the pool is there; nothing is lost, and nothing failed."""
+    file = write(tmp_path / "small.yaml", methods=["scratch", "gsa"], per_method={}, speed={"update_s": 1, "step_s": 1})
+    assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out"), "--max-hours", "1e-5"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0 are done, 0 failed, 2 are left. The time is over; the same command goes on" in said
