@@ -29,6 +29,7 @@ from gsa.metrics import RunLog, read_log
 ROUND_S = 1.0  # between two looks around; nothing waits for the driver
 DEADLINE_S = 60.0
 SAVE_S = 120.0  # for a checkpoint to be on disk
+STOP_S = 10.0  # for workers to hand over what they have finished; one that is cut off never does
 AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
 SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib
 
@@ -133,7 +134,7 @@ class GSA(Algorithm):
     def cleanup(self) -> None:
         """Ends what was started; also after a failure."""
         if group := getattr(self, "env_runner_group", None):
-            group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=20)
+            group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=STOP_S)
             group._worker_manager.clear()  # group.stop() would wait without end for one whose node is gone
         for name in ("evaluator", "learner", "replay"):
             if actor := getattr(self, name, None):

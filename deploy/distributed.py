@@ -13,13 +13,14 @@ from pathlib import Path
 
 from deploy import parts
 from deploy.config import FinetuneConfig
+from deploy.progress import console
 from deploy.provenance import require_own_packages
 from deploy.redis_server import EmbeddedRedis
 from gsa.errors import GsaError, UsageError
 from gsa.metrics import Progress
 
 CONNECT_S = 10.0
-JOIN_S = 30.0  # for nodes of a cluster to join it, and for what a killed driver held to be free again
+JOIN_S = 90.0  # for nodes to join a cluster, also those of a head that is gone, and for a killed driver's to be free
 STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
@@ -32,12 +33,7 @@ def launch(config: FinetuneConfig, services: ExitStack) -> str:
     """Joins or starts Ray, and Redis where no URL is given; `services` ends them. Returns the URL of Redis."""
     require_own_packages()
     start_ray(config.ray_address, needed_cpus(config), services)
-    free = _free_cpus(needed_cpus(config), 0.0 if config.ray_address is None else JOIN_S)
-    if free < needed_cpus(config):
-        raise UsageError(
-            f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
-            f"evaluator need {needed_cpus(config)}: lower --workers or add nodes."
-        )
+    _await_cpus(config)
     return config.redis_url or _start_redis(config, services)
 
 
@@ -104,14 +100,21 @@ def start_ray(address: str | None, cpus: int, stack: ExitStack) -> None:
     stack.callback(ray.shutdown)
 
 
-def _free_cpus(enough: int, patience_s: float) -> float:
-    """The cluster's free CPUs, as soon as they are enough or patience is at its end."""
+def _await_cpus(config: FinetuneConfig) -> None:
+    """Raises UsageError where the run finds no room; in a cluster that others start it waits for it, and says so."""
     import ray
 
-    end = time.monotonic() + patience_s
-    while (free := ray.available_resources().get("CPU", 0)) < enough and time.monotonic() < end:
+    needed, end = needed_cpus(config), 0.0
+    while (free := ray.available_resources().get("CPU", 0)) < needed:
+        if config.ray_address is not None and not end:
+            console.print(f"The cluster has {free:g} free CPUs of {needed}: waiting {JOIN_S:.0f} s for more to join.")
+            end = time.monotonic() + JOIN_S
+        if time.monotonic() > end:
+            raise UsageError(
+                f"The cluster has {free:g} free CPUs; {config.workers} workers, driver, replay service, learner and "
+                f"evaluator need {needed}: lower --workers or add nodes."
+            )
         time.sleep(0.5)
-    return float(free)
 
 
 def _require_answer(address: str | None) -> None:

@@ -83,7 +83,7 @@ class Cluster:
 
     def check(self, budget: int) -> None:
         """That the run ends, is whole, and that its driver looked around all the time."""
-        code = self.driver.wait(300)
+        code = self.driver.wait(400)
         assert code == 0, self.said.read_text()[-3000:]
         check_counts(self.run, budget)
         episodes = [row["episode/steps"] for row in read_log(self.run) if "episode/steps" in row]
@@ -134,7 +134,7 @@ def test_what_cannot_be_reached_is_said_within_its_deadline(cluster):
 def test_worker_nodes_die_and_are_cut_off(cluster):
     """One node dies, and its worker finds room on the other; that is cut off with it, and there is no room until it is
     back; then it dies, too, and one worker alone ends the run."""
-    budget = 1400
+    budget = 900
     cluster.start()
     cluster.begin(budget)
     cluster.until_collecting()
