@@ -156,7 +156,7 @@ def test_worker_nodes_die_and_are_cut_off(cluster):
     back = {"node_again_s": cluster.until(lambda: not set(raylet) & set(cut.running("raylet")))}
     back["all_workers_s"] = back["node_again_s"] + cluster.until_workers(few=False)
     told(**back)
-    assert cut.running("GSAEnvRunner")
+    assert len(cut.running("GSAEnvRunner")) == len(cut.running("actors.env_process")) == 1, "the old ones are left"
 
     cut.die()
     cluster.until_workers(few=True)
