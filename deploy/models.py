@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from deploy.progress import console
 from gsa.agent.sizes import PRESETS, Preset, preset
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gsa.agent.world_model import WorldModel
+
+    Module = TypeVar("Module", bound=nn.Module)
 
 PURPOSE = {
     "tiny": "a CPU, minutes: the demo and tests",
@@ -55,32 +57,35 @@ def show(size: str, action_dim: int) -> int:
 
 def show_saved(path: Path) -> int:
     """Prints the layers of a saved world model, by its description."""
-    import torch
-
     from gsa import config as configs
     from gsa.agent import storage
     from gsa.agent.sizes import WorldModelConfig
     from gsa.agent.world_model import KIND, WorldModel
 
     about = storage.describe(path, KIND)
-    with torch.device("meta"):
-        _print(WorldModel(configs.from_dict(WorldModelConfig, about["config"], f"{path}/{KIND}.json")))
+    _print(unfilled(WorldModel, configs.from_dict(WorldModelConfig, about["config"], f"{path}/{KIND}.json")))
     return 0
 
 
 def networks(size: Preset, action_dim: int) -> tuple[WorldModel, nn.Module, nn.Module]:
     """World model, behaviour and prior actor of a size, without memory for their weights."""
-    import torch
-
     from gsa.agent.agent import Agent
     from gsa.agent.prior_actor import PriorActor
     from gsa.agent.world_model import WorldModel
 
     if action_dim < 1:
         raise UsageError(f"--action-dim must be at least 1, not {action_dim}.")
+    model = unfilled(WorldModel, size.world_model)
+    behaviour = unfilled(lambda: Agent(model, size.behaviour, action_dim).behaviour)
+    return model, behaviour, unfilled(PriorActor, size.prior, action_dim)
+
+
+def unfilled(make: Callable[..., Module], *arguments: object) -> Module:
+    """A network without memory for its weights."""
+    import torch
+
     with torch.device("meta"):
-        model = WorldModel(size.world_model)
-        return model, Agent(model, size.behaviour, action_dim).behaviour, PriorActor(size.prior, action_dim)
+        return make(*arguments)
 
 
 def parameters(module: nn.Module) -> int:

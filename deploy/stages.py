@@ -42,6 +42,7 @@ def pretrain(path: Path, config: PretrainConfig, out: Path, processes: int = 1) 
 
 def _pretrain(path: Path, config: PretrainConfig, out: Path, stop: threading.Event | None = None) -> None:
     """In this process, which may be one of several."""
+    from deploy.forecast import pretrain_forecast
     from deploy.processes import stop_on
     from learner.pretrain import pretrain as train
     from learner.pretrain import what_is_seen
@@ -50,11 +51,14 @@ def _pretrain(path: Path, config: PretrainConfig, out: Path, stop: threading.Eve
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on(signal.SIGTERM)) if stop is None else stop
         store = stack.enter_context(TrajectoryStore.open(path))
-        seen = what_is_seen(store, store.rows(), config).names
+        observation = what_is_seen(store, store.rows(), config)
+        seen = observation.names
         others = sorted({name for spec in store.specs.values() for name in spec.observation} - set(seen))
         left_out = f"; left out, as not asked for or not shared by all: {', '.join(others)}" if others else ""
         if first:
             console.print(f"The world model sees {', '.join(seen)}{left_out}.", soft_wrap=True)
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+            pretrain_forecast(config, config.world_model(observation), out, processes).say()
         progress = stack.enter_context(bar("pretrain")) if first else None
         train(store, config, out, progress, stop)
     if stop.is_set():

@@ -196,8 +196,8 @@ def _room(suite: SuiteConfig, left: Sequence[Trial], folder: Path, dry_run: bool
     runs = [_of_run(trial) for trial in left]
     at_a_time = suite.resources.at_a_time
     disk = at_a_time * max(one.disk for one in runs)
-    disk += sum(one.online for one in runs) if "online" in suite.keep else 0
-    disk += sum(one.agent for one in runs) if "agent" in suite.keep else 0
+    disk += sum(one.on_disk["episodes"] for one in runs) if "online" in suite.keep else 0
+    disk += sum(one.on_disk["agent"] for one in runs) if "agent" in suite.keep else 0
     memory = at_a_time * max(one.memory for one in runs)
     free, available = shutil.disk_usage(existing(folder)).free, available_memory()
     console.print(

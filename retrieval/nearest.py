@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import faiss
@@ -12,6 +13,7 @@ from gsa.errors import FormatError, UsageError
 from gsa.metrics import Progress
 
 CACHE_BYTES = 1 << 20  # of features compared with all queries while they are in the processor's cache
+PART_BYTES = 1 << 25  # of features that a thread takes at a time
 REFINED_ROWS = 64  # rows whose distances are computed in float64 at a time
 PER_LIST = 39  # rows that Faiss wants to train each list of an IVF with
 Kind = Literal["ivf", "hnsw"]
@@ -33,37 +35,59 @@ def nearest(
     if len(candidates) > k:
         squared = squared[candidates]
         limit = np.partition(squared, k - 1)[k - 1]
-        # Each of D squared differences is rounded a few times, and their sum at most D times.
-        slack = 1 + 2 * (features.shape[1] + 4) * float(np.finfo(np.float32).eps)
-        candidates = candidates[squared <= np.float32(limit * slack)]
+        candidates = candidates[squared <= np.float32(limit * _slack(features.shape[1]))]
     return _refined(queries, features, candidates, k)
 
 
 def _squared(queries: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Squared distances to the nearest query, [N] float32, by differences: expanding the square loses what is near."""
-    distances: Any = faiss.fvec_L2sqr_ny  # type: ignore[attr-defined]
+    """Squared distances to the nearest query, [N] float32, by differences: expanding the square loses what is near.
+    As many threads as Faiss may have take parts in turn."""
     n, dim = features.shape
-    best = np.full(n, np.inf, np.float32)
-    step = max(1, CACHE_BYTES // (4 * max(1, dim)))
-    found = np.empty((len(queries), step), np.float32)
-    pointers = [(faiss.swig_ptr(row), faiss.swig_ptr(query)) for row, query in zip(found, queries, strict=True)]
-    for start in range(0, n, step):
-        block = features[start : start + step]
-        for row, query in pointers:
-            distances(row, query, faiss.swig_ptr(block), dim, len(block))
-        best[start : start + step] = found[:, : len(block)].min(0)
+    best = np.empty(n, np.float32)
+    rows = max(1, PART_BYTES // (4 * max(1, dim)))
+    parts = [slice(start, start + rows) for start in range(0, n, rows)]
+    with ThreadPoolExecutor(faiss.omp_get_max_threads(), thread_name_prefix="nearest") as pool:
+        for _ in pool.map(lambda part: _scan(queries, features[part], best[part]), parts):
+            pass
     return best
 
 
+def _scan(queries: np.ndarray, features: np.ndarray, best: np.ndarray) -> None:
+    """Into `best` [n] the squared distances of some features [n, D], in one thread."""
+    step = max(1, CACHE_BYTES // (4 * max(1, features.shape[1])))
+    for start in range(0, len(features), step):
+        block = features[start : start + step]
+        best[start : start + step] = _distances(queries, block).min(0)
+
+
+def _distances(queries: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Squared distances, [Q, n] float32."""
+    kernel: Any = faiss.fvec_L2sqr_ny  # type: ignore[attr-defined]
+    out, (n, dim) = np.empty((len(queries), len(features)), np.float32), features.shape
+    for row, query in zip(out, queries, strict=True):
+        kernel(faiss.swig_ptr(row), faiss.swig_ptr(query), faiss.swig_ptr(features), dim, n)
+    return out
+
+
+def _slack(dim: int) -> float:
+    """How much too large a squared distance may be for one as small: each of `dim` squared differences is rounded a few
+    times, their sum at most `dim` times."""
+    return 1 + 2 * (dim + 4) * float(np.finfo(np.float32).eps)
+
+
 def _refined(queries: np.ndarray, features: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of some rows, by float64."""
-    exact = np.empty(len(rows))
+    """The k nearest of some rows, by float64: of each row to the queries that may be the nearest to it."""
+    exact = np.full(len(rows), np.inf)
     wide = queries.astype(np.float64)
     for start in range(0, len(rows), REFINED_ROWS):
-        near = features[rows[start : start + REFINED_ROWS]]
-        apart = (near - query for query in wide)
-        squared = [np.einsum("ij,ij->i", difference, difference) for difference in apart]
-        exact[start : start + REFINED_ROWS] = np.sqrt(np.min(squared, axis=0))
+        near = np.ascontiguousarray(features[rows[start : start + REFINED_ROWS]])
+        rough = _distances(queries, near)
+        for query, close in zip(wide, rough <= rough.min(0) * np.float32(_slack(near.shape[1])), strict=True):
+            difference = near[close] - query
+            squared = np.einsum("ij,ij->i", difference, difference)
+            at = start + np.flatnonzero(close)
+            exact[at] = np.minimum(exact[at], squared)
+    exact = np.sqrt(exact)
     order = np.lexsort((rows, exact))[:k]
     return rows[order], exact[order]
 

@@ -29,7 +29,7 @@ from isal.isal_zlib import crc32
 from gsa.errors import FormatError
 from gsa.schema import Spec, Trajectory
 from retrieval import message
-from retrieval.files import WholeFile
+from retrieval.files import BlockFile
 from retrieval.layout import MAX_BYTES, SPEC_KEY, Column, Layout, arrays_of, has_column, require_codec
 
 Wanted = Mapping[str, tuple[int, np.ndarray]]  # column → (first row, array [n, …] for n rows from there on)
@@ -59,15 +59,15 @@ class ShardWriter:
     def __init__(self, path: Path, layout: Layout, codec: str) -> None:
         self.path, self.layout, self.codec = path, layout, require_codec(codec)
         options = pa.ipc.IpcWriteOptions(compression=None if codec == "none" else codec)
-        self.file = WholeFile(path, "x+")
+        self.file = BlockFile(path)
         self.writer = pa.ipc.new_file(self.file, layout.schema, options=options)
         self.end = 0  # whole trajectories end here
 
     def write(self, trajectory: Trajectory, note: bytes) -> tuple[Extent, int]:
-        """Appends a trajectory; it has reached the operating system, not yet the disk.
+        """Appends a trajectory; some of it may be held back until `sync`.
 
-        Returns where it lies, and the CRC-32 of the file's bytes up to its end, from the end of the trajectory before
-        it or, for the first, from the beginning.
+        Returns where its record batches are, for `locate` after that, and the CRC-32 of the file's bytes up to its
+        end, from the end of the trajectory before it or, for the first, from the beginning.
         """
         arrays, rows = arrays_of(trajectory), len(trajectory) + 1
         step = rows if self.codec == "none" else self.layout.chunk_rows
@@ -79,13 +79,11 @@ class ShardWriter:
             before = self.file.tell()
             self.writer.write_batch(batch, custom_metadata={NOTE_KEY: note} if start == 0 else None)
             starts.append(before)
-        memory = map_file(self.path)
-        starts[0] = starts[0] or first_message(memory)
-        extent = locate(memory, self.layout, starts, self.file.tell(), self.codec)
-        self.end = extent.end
-        return extent, self.file.crc
+        self.end = self.file.tell()
+        return Extent(starts[0], self.end, tuple(starts)), self.file.crc
 
     def sync(self) -> None:
+        self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -99,8 +97,11 @@ class ShardWriter:
         with self.file:
             if end == 0:
                 self.path.unlink()
-            os.ftruncate(self.file.fileno(), end)
-            os.fsync(self.file.fileno())
+            try:
+                self.file.flush()
+            finally:
+                os.ftruncate(self.file.fileno(), min(end, os.fstat(self.file.fileno()).st_size))
+                os.fsync(self.file.fileno())
 
     def _batch(self, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> pa.RecordBatch:
         columns = []
@@ -118,8 +119,9 @@ def first_message(memory: mmap.mmap) -> int:
 
 
 def locate(memory: mmap.mmap, layout: Layout, starts: Sequence[int], end: int, codec: str) -> Extent:
-    """The extent of a trajectory whose record batches begin at `starts` and end at `end`. Reads headers only; one of
-    message.MALFORMED where there are none."""
+    """The extent of a trajectory whose record batches begin at `starts` (0: after the head of the shard) and end at
+    `end`. Reads headers only; one of message.MALFORMED where there are none."""
+    starts = (starts[0] or first_message(memory), *starts[1:])
     if codec != "none":
         return Extent(starts[0], end, tuple(starts))
     found = message.buffers(memoryview(memory), starts[0], end)

@@ -17,7 +17,7 @@ from retrieval.layout import MAX_BYTES, Layout, arrays_of, has_of
 from retrieval.log import Log, Record
 from retrieval.manifest import Manifest
 from retrieval.recovery import SNAPSHOT, shard_numbers, shard_path
-from retrieval.shard import ShardWriter
+from retrieval.shard import ShardWriter, locate, map_file
 
 SHARD_BYTES = 4 << 30  # a shard is finished once it is this long: large, as readers map only so many at a time
 GROUP_BYTES = 1 << 28  # pending trajectories are committed once they are this much
@@ -78,6 +78,7 @@ class Writer:
             for number, writer in self._shards.values():
                 if writer.end > self._committed.get(number, 0):
                     writer.sync()
+            records = self._located(records)
             self.log.append(b"".join(r.line() for r in records))
         except OSError as error:
             self._give_up()
@@ -89,6 +90,15 @@ class Writer:
         for embodiment in [e for e, (_, writer) in self._shards.items() if writer.end >= SHARD_BYTES]:
             _finish(self._shards.pop(embodiment)[1])
         self._snapshot(min(max(SNAPSHOT_ROWS, len(self.catalog) // 4), MAX_SNAPSHOT_ROWS))
+
+    def _located(self, records: list[Record]) -> list[Record]:
+        """What was written, with where each column is, which the files tell."""
+        found, maps = [], {n: map_file(shard_path(self.folder, n)) for n in {r.shard for r in records}}
+        for record in records:
+            layout = self.manifest.layouts[self.manifest.code(record.embodiment)]
+            extent = locate(maps[record.shard], layout, record.offsets, record.end, self.manifest.codec)
+            found.append(dataclasses.replace(record, start=extent.start, offsets=extent.offsets))
+        return found
 
     def _snapshot(self, rows: int) -> None:
         """Writes a new snapshot if the log is more than `rows` ahead."""
