@@ -317,10 +317,11 @@ def _finished(out: Path, store: TrajectoryStore | None) -> dict[str, dict[str, A
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes started in here have one thread for numerical libraries, which read this when they are imported."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+    """Processes started in here have one thread for numbers and for drawing; libraries read this when imported."""
+    limits = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    limits["LP_NUM_THREADS"] = os.environ.get("LP_NUM_THREADS", "0")
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from actors import rendering
 from actors.environment import Environment, Observation, Step, make
 from gsa import errors
 from gsa.errors import EnvironmentFault, GsaError
@@ -139,6 +140,7 @@ def _exactly(source: socket.socket, count: int) -> memoryview:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is interrupted, and ends it
+    rendering.limit_threads()
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)  # says where it hangs, then ends
     with socket.socket(fileno=int(sys.argv[1])) as link:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from actors import tasks
+from actors import rendering, tasks
 from actors.tasks import IMAGE_SHAPE, Task
 from gsa.errors import EnvironmentFault, UsageError, unknown
 from gsa.schema import ArraySpec, Spec
@@ -184,6 +184,8 @@ def make(task: str, render: Profile = "fast", imports: Iterable[str] = ()) -> En
     """
     if render not in PROFILES:
         raise unknown("render profile", render, PROFILES)
+    if render == "fast":
+        rendering.limit_threads()
     found = tasks.find(task, imports)
     return Environment(found, _simulate(found, render))
 

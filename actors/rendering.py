@@ -43,8 +43,6 @@ def choose_backend() -> str:
 
     Importing `actors` calls it, as mujoco and dm_control read the variable when they are imported.
     """
-    # One 64×64 image is one tile: Mesa's rasteriser threads would only wake up to wait for each other.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
     if sys.platform != "linux":
@@ -56,6 +54,16 @@ def choose_backend() -> str:
             return backend
     packages = " or ".join(packages for _, packages in _LIBRARIES.values())
     raise UsageError(f"No OpenGL library for rendering without a display: apt-get install {packages}.")
+
+
+def limit_threads() -> None:
+    """Keeps Mesa's rasteriser to the thread that draws, unless LP_NUM_THREADS says otherwise. Mesa reads it when mujoco
+    is imported.
+
+    One 64×64 image is one tile: threads would only wake up to wait for each other. A shadow map has tiles for all
+    cores, but environments in processes of their own share these.
+    """
+    os.environ.setdefault("LP_NUM_THREADS", "0")
 
 
 def explain_backend() -> str:

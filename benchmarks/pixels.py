@@ -5,9 +5,9 @@ an action repeat of 2, and Meta-World through Gymnasium with "rgb_array" (64×64
 rendering every frame; `stock-once` is the same, but renders only the frame that an agent sees. `fast` and `faithful`
 are ours.
 
-Each rival is a process of its own with the environment variables a user has (ours sets LP_NUM_THREADS, stock does not),
-one worker each. They take turns, a stretch of agent steps under random actions each; resets are not counted. Ratios are
-medians over rounds.
+Each rival is a process of its own with the environment variables a user has (`fast` sets LP_NUM_THREADS, the others do
+not), one environment each. They take turns, a stretch of agent steps under random actions each; resets are not counted.
+Ratios are medians over rounds.
 
     python -m benchmarks.pixels [--quick] [--save]
 """
