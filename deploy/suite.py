@@ -44,7 +44,7 @@ def run(
     suite: SuiteConfig, folder: Path, only: Sequence[str], max_hours: float, ray_address: str | None, dry_run: bool
 ) -> int:
     """Runs what is left of the suite. 1 where a trial failed."""
-    folder = folder.resolve()
+    folder, suite = folder.resolve(), _with_whole_paths(suite)
     trials = chosen(suite.trials(folder), only)
     check(suite, trials, folder)
     left = [trial for trial in trials if not result_path(folder, trial).exists()]
@@ -92,26 +92,48 @@ def conclude(trials: Sequence[Trial], folder: Path, out_of_time: bool) -> int:
 def check(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:
     """Raises UsageError for what cannot be, and where the folder holds results under other settings."""
     from actors import tasks
-    from actors.collect import CollectPlan
-    from deploy.pool import source_counts
 
-    first = trials[0].config
-    sources = tuple(pair for text in suite.pool.sources for pair in source_counts(text))
-    if sources:
-        embodiments = {s.task.embodiment for s, _ in CollectPlan(sources, imports=first.imports).parsed()}
+    embodiments = _embodiments(suite, trials)
     for trial in trials:
         if not trial.config.uses_pool:
             continue
-        if not sources and suite.pool.store is None:
+        if not embodiments:
             raise UsageError(f"{trial.name} needs a pool: give it sources, or a store.")
         if suite.world_model.pretrain is None and suite.world_model.folder is None:
             raise UsageError(f"{trial.name} needs a world model: give world_model pretrain settings, or a folder.")
         needs = tasks.find(trial.task, trial.config.imports).embodiment
-        if sources and trial.config.rehearses and needs not in embodiments:
-            raise UsageError(f"{trial.name} rehearses, and no source of the pool is of its embodiment {needs}.")
+        if trial.config.rehearses and needs not in embodiments:
+            raise UsageError(
+                f"{trial.name} rehearses, and the pool has nothing of its embodiment {needs}, only of "
+                f"{', '.join(sorted(embodiments))}."
+            )
     _inputs(suite, trials, folder)
     for trial in trials:
         _require_same_settings(trial, folder)
+
+
+def _embodiments(suite: SuiteConfig, trials: Sequence[Trial]) -> set[str]:
+    """Of whom the pool has or will have trajectories; none without a pool. UsageError for a wrong source."""
+    from actors.collect import CollectPlan
+    from deploy.pool import source_counts
+    from retrieval.store import TrajectoryStore
+
+    if suite.pool.store is not None:
+        with TrajectoryStore.open(suite.pool.store) as store:
+            return set(store.specs)
+    sources = tuple(pair for text in suite.pool.sources for pair in source_counts(text))
+    plan = CollectPlan(sources, imports=trials[0].config.imports) if sources else None
+    return {source.task.embodiment for source, _ in plan.parsed()} if plan else set()
+
+
+def _with_whole_paths(suite: SuiteConfig) -> SuiteConfig:
+    """So that the folder's copy of the suite means the same from anywhere."""
+    store, model = suite.pool.store, suite.world_model.folder
+    return replace(
+        suite,
+        pool=replace(suite.pool, store=None if store is None else store.resolve()),
+        world_model=replace(suite.world_model, folder=None if model is None else model.resolve()),
+    )
 
 
 def share(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> None:

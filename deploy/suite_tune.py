@@ -66,9 +66,9 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=resources.retries),
             ),
         ).fit()  # fmt: skip
-        for trial, result in zip(trials, ended, strict=False):
-            if result.error is not None:
-                _tell(folder, trial.name, f"Ray: {' '.join(str(result.error).split())[-500:]}")
+        for result in ended:
+            if result.error is not None and result.config is not None:
+                _tell(folder, result.config["trial"], f"Ray: {' '.join(str(result.error).split())[-500:]}")
 
 
 def _in_own_process(folder: Path, cpus: int) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -125,8 +125,10 @@ BAD = {
     "a wrong source": ({"pool": {"sources": ["gym/Counting-v0"]}}, "is not SOURCE:EPISODES"),
     "a foreign pool": (
         {"methods": ["gsa"], "pool": {"sources": ["gym/Place-v0/noise-1:3"]}},
-        "rehearses, and no source of the pool is of its embodiment gym/Counting-v0",
+        "rehearses, and the pool has nothing of its embodiment gym/Counting-v0, only of gym/Place-v0",
     ),
+    "no such store": ({"methods": ["naive"], "pool": {"store": "nowhere"}}, "nowhere"),
+    "no such world model": ({"methods": ["naive"], "world_model": {"folder": "nowhere"}}, "no world model in nowhere"),
     "a variant without a change": ({"variants": [{"name": "k5"}]}, "a name and other finetune settings go together"),
     "a variant under a name that is taken": (
         {"variants": [{"methods": ["scratch"]}]},
@@ -268,3 +270,18 @@ def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path, capsys):
     assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out"), "--max-hours", "1e-5"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "0 are done, 0 failed, 2 are left. The time is over; the same command goes on" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_may_be_distributed_and_its_pool_and_model_another_suites(whole, tmp_path):
+    """Over a Ray and Redis of its own, below Tune's."""
+    file = write(
+        tmp_path / "small.yaml", methods=["gsa"], per_method={}, pool={"store": str(whole / "pool")},
+        world_model={"folder": str(whole / "world_model")},
+        finetune=plain()["finetune"] | {"local": False, "workers": 2},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "deploy.cli", "suite", "run", str(file), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False, timeout=500)
+    assert ended.returncode == 0
+    assert results(tmp_path / "out")["gym-SlowCounting-v0--gsa--seed0"]["frames"] == 120
