@@ -37,6 +37,8 @@ from gsa.broadcast import RedisPublisher, RedisSubscriber
 from gsa.packing import pack
 from gsa.schema import WeightSnapshot
 
+State = dict[str, Any]  # name → tensor
+
 MODELS = {"1.4M": ("tiny", False, 30), "14M": ("reference-small", False, 15), "281M": ("paper", True, 4)}
 WORKERS = 4
 WAIT_S = 60.0
@@ -62,18 +64,18 @@ def main() -> int:
 
 def _compare(server: EmbeddedRedis, size: str, bf16: bool, rounds: int, getter: Any) -> dict[str, Any]:
     """One size: seconds of each rival, and bytes from the server."""
-    tensors = acting_tensors(size)
-    packed = pack(WeightSnapshot(0, tensors), bf16)
+    state = acting_state(size)
+    packed = pack(WeightSnapshot(0, arrays(state, bf16)))
     client = redis.Redis.from_url(server.url)
     sent: dict[str, list[int]] = {}
     with contextlib.ExitStack() as stack:
         rivals: dict[str, Callable[[], object]] = {}
         for n in (1, WORKERS):
-            publisher = RedisPublisher(server.url, f"bench-{size}-{n}", bf16=bf16)
+            publisher = RedisPublisher(server.url, f"bench-{size}-{n}")
             stack.callback(publisher.close)
             followers = [stack.enter_context(_process(_follow, server.url, f"bench-{size}-{n}")) for _ in range(n)]
             rivals[f"ours-{n}"] = _counted(
-                client, sent.setdefault(f"ours-{n}", []), _ours(publisher, followers, tensors)
+                client, sent.setdefault(f"ours-{n}", []), _ours(publisher, followers, state, bf16)
             )
         other = stack.enter_context(_process(_get, server.url, len(packed.chunks)))
 
@@ -83,13 +85,12 @@ def _compare(server: EmbeddedRedis, size: str, bf16: bool, rounds: int, getter: 
             other.send(None)
             other.recv()
 
-        whole = np.concatenate([np.frombuffer(c, np.uint8) for c in packed.chunks])
-        rivals |= {"redis": raw, "ray": lambda: getter(whole)}
+        rivals |= {"redis": raw, "ray": lambda: getter(packed.memory)}
         seconds = harness.interleaved(rivals, rounds)
     client.flushdb()  # this benchmark's own server
     client.close()
     return {
-        "parameters": sum(t.size for t in tensors.values()),
+        "parameters": sum(t.numel() for t in state.values()),
         "mb": round(packed.size / 1e6, 1),
         "ms": {name: round(1e3 * float(np.median(s)), 1) for name, s in seconds.items()},
         "ours_over_redis": 1 / harness.ratio(seconds["ours-1"], seconds["redis"]),
@@ -99,20 +100,28 @@ def _compare(server: EmbeddedRedis, size: str, bf16: bool, rounds: int, getter: 
     }
 
 
-def acting_tensors(size: str) -> dict[str, np.ndarray]:
+def acting_state(size: str) -> State:
+    """What acting needs, as a learner has it."""
     from gsa.agent.policy import GuidedPolicy
     from gsa.agent.sizes import preset
 
     policy = GuidedPolicy(preset(size).world_model, preset(size).behaviour, action_dim=4)
-    return {k: v.numpy() for k, v in policy._nets.state_dict().items()}
+    return dict(policy._nets.state_dict())
 
 
-def _ours(publisher: RedisPublisher, followers: list[Connection], tensors: dict[str, np.ndarray]) -> Callable[[], None]:
-    version = 0
+def arrays(state: State, bf16: bool, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """What Agent.acting_tensors makes of it."""
+    from gsa.agent.storage import to_array
+
+    return {k: to_array(v, bf16, None if out is None else out[k]) for k, v in state.items()}
+
+
+def _ours(publisher: RedisPublisher, followers: list[Connection], state: State, bf16: bool) -> Callable[[], None]:
+    version, tensors = 0, None
 
     def call() -> None:
-        nonlocal version
-        version += 1
+        nonlocal version, tensors
+        version, tensors = version + 1, arrays(state, bf16, tensors)
         publisher.publish(WeightSnapshot(version, tensors))
         for follower in followers:
             while follower.recv() < version:
@@ -193,7 +202,7 @@ def _ray_getter(stack: contextlib.ExitStack) -> Callable[[np.ndarray], None]:
 
 def _swap(server: EmbeddedRedis, size: str, seconds: float) -> dict[str, Any]:
     """What versions that come as fast as they are sent do to a worker's steps."""
-    tensors, stop = acting_tensors(size), threading.Event()
+    tensors, stop = arrays(acting_state(size), False), threading.Event()
     publisher = RedisPublisher(server.url, f"swap-{size}")
 
     def publish() -> None:
@@ -231,6 +240,7 @@ def _act(connection: Connection, url: str, run: str, size: str) -> None:
     torch.set_num_threads(1)
     policy = GuidedPolicy(preset(size).world_model, preset(size).behaviour, action_dim=4)
     subscriber, rng = RedisSubscriber(url, run), np.random.default_rng(0)
+    subscriber.stage = policy.stage
     image, controller = np.zeros((1, 64, 64, 3), np.uint8), np.array([Controller.POLICY], np.uint8)
     connection.send("ready")
     while True:

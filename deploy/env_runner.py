@@ -37,6 +37,7 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         self._weights = RedisSubscriber(config.redis_url, about.run)
         prior = RedisSubscriber(config.redis_url, about.run, PRIOR) if about.prior is not None else None
         self.worker = parts.env_worker(config.finetune, about, self.name, self._link, self._weights, prior)
+        self._weights.stage = self.worker.rollout.policy.stage  # type: ignore[attr-defined]
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._collect, name=self.name, daemon=True)

@@ -43,10 +43,11 @@ class LocalRun:
     def __init__(self, config: FinetuneConfig, run: Path) -> None:
         self.config, self.run = config, run
         self.replay = parts.replay_service(config, run)
-        self.tuner = parts.fine_tuner(config, run)
         self.broadcast = MemoryBroadcast()
         self._publisher = self.broadcast.publisher()
-        by_count = dataclasses.replace(config, learner=dataclasses.replace(config.learner, publish_every_s=0.0))
+        learner = dataclasses.replace(config.learner, publish_every_s=0.0, publish_bf16=False)
+        by_count = dataclasses.replace(config, learner=learner)
+        self.tuner = parts.fine_tuner(by_count, run)
         self.learner = parts.learner_loop(by_count, self.tuner, self.replay.sample, parts.publish_to(self._publisher))
         about = parts.Architecture.load(run)
         prior = _cloned(run) if about.prior else None

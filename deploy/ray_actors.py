@@ -87,7 +87,7 @@ class LearnerActor:
         self._run = run
         self._config = config
         about = parts.Architecture.load(run)
-        self._weights = RedisPublisher(redis_url, about.run, bf16=config.learner.publish_bf16)
+        self._weights = RedisPublisher(redis_url, about.run)
         self._prior = None
         if about.prior is not None:
             self._prior = RedisPublisher(redis_url, about.run, PRIOR)  # kept, as it republishes into an empty server

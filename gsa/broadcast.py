@@ -11,13 +11,16 @@ Epochs start at the clock, so they rise also where the server lost its memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import numpy as np
 import redis
 
-from gsa.errors import FormatError, StaleError, Unavailable
+from gsa.errors import FormatError, SpecMismatch, StaleError, Unavailable
 from gsa.metrics import Meter
 from gsa.node_share import Memory, NodeShare
 from gsa.packing import Packed, pack
@@ -27,6 +30,7 @@ from gsa.schema import WeightSnapshot
 CHECK_S = 1.0  # how often the publisher looks whether the server still has its version
 POLL_S = 1.0  # how often a subscriber looks where no notice has come
 BACKOFF_S = (0.1, 5.0)  # after an error: doubled from the first up to the second
+Stage = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class Publisher(Protocol):
@@ -69,14 +73,17 @@ class RedisPublisher:
     `epoch` is for callers that number their learners themselves: StaleError if a higher one was claimed.
     """
 
-    def __init__(self, url: str, run: str, group: str = "policy", epoch: int | None = None, bf16: bool = False) -> None:
+    def __init__(self, url: str, run: str, group: str = "policy", epoch: int | None = None) -> None:
         self.epoch, self.latest = time.time_ns() // 1_000_000 if epoch is None else epoch, -1
         self.trouble = ""
-        self._numbered, self._claimed, self._bf16 = epoch is not None, False, bf16
+        self._numbered, self._claimed = epoch is not None, False
         self._link, self._meter = RedisLink(url, run, group), Meter("broadcast")
+        self._packing = threading.Lock()  # one at a time has room to copy to
         self._changed = threading.Condition()  # guards what follows
         self._last: Packed | None = None
+        self._sending: Packed | None = None
         self._sent: Packed | None = None  # the one that is on the server
+        self._rooms: list[np.ndarray] = []  # memory of these, and what is free again: fresh memory is slow
         self._fenced = self._closed = False
         try:
             self._claim()
@@ -86,14 +93,15 @@ class RedisPublisher:
         self._thread.start()
 
     def publish(self, snapshot: WeightSnapshot) -> bool:
-        with self._changed:
-            self._check_fence()
-            if snapshot.version <= (self._last.version if self._last else -1):
-                return False
-        packed = pack(snapshot, self._bf16)
-        with self._changed:
-            self._last = packed  # one that was not sent yet is skipped: only the newest matters
-            self._changed.notify_all()
+        with self._packing:
+            with self._changed:
+                self._check_fence()
+                if snapshot.version <= (self._last.version if self._last else -1):
+                    return False
+            packed = pack(snapshot, self._room)
+            with self._changed:
+                self._last = packed  # one that was not sent yet is skipped: only the newest matters
+                self._changed.notify_all()
         return True
 
     def flush(self, timeout_s: float) -> bool:
@@ -101,6 +109,15 @@ class RedisPublisher:
             self._changed.wait_for(lambda: self._sent is self._last or self._fenced, timeout_s)
             self._check_fence()
             return self._sent is self._last
+
+    def _room(self, size: int) -> np.ndarray:
+        """Memory that no version under way is in."""
+        with self._changed:
+            used = [p.memory for p in (self._last, self._sending, self._sent) if p is not None]
+            free = [r for r in self._rooms if len(r) == size and not any(r is memory for memory in used)]
+            room = free[0] if free else np.empty(size, np.uint8)
+            self._rooms = [*used, room]
+            return room
 
     def stats(self) -> dict[str, float]:
         self._meter.gauge("version", self._sent.version if self._sent else -1)
@@ -124,7 +141,7 @@ class RedisPublisher:
         while not self._closed and not self._fenced:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._last is not self._sent, CHECK_S)
-                packed = self._last
+                packed = self._sending = self._last
             try:
                 if packed is not None and not self._closed:
                     self._send_if_missing(packed)
@@ -211,6 +228,8 @@ class RedisSubscriber(_Inbox):
     Of those on a node one fetches, the others get the same memory from it. A snapshot's tensors are views of that.
     """
 
+    stage: Stage | None = None  # what the thread makes of a snapshot's tensors before it is handed over
+
     def __init__(self, url: str, run: str, group: str = "policy") -> None:
         super().__init__()
         self._link, self._closed = RedisLink(url, run, group), threading.Event()
@@ -251,8 +270,15 @@ class RedisSubscriber(_Inbox):
             return
         started = time.monotonic()
         if (snapshot := self._obtain(head)) is not None:
-            self._put(snapshot.meta["epoch"], snapshot)
             self._meter.mean({"fetch_ms": 1e3 * (time.monotonic() - started)})
+            self._put(snapshot.meta["epoch"], self._staged(snapshot))
+
+    def _staged(self, snapshot: WeightSnapshot) -> WeightSnapshot:
+        """With its tensors made ready. Where they do not fit, who takes them over says so."""
+        if self.stage is not None:
+            with contextlib.suppress(SpecMismatch):
+                return dataclasses.replace(snapshot, tensors=self.stage(snapshot.tensors))
+        return snapshot
 
     def _obtain(self, head: Head) -> WeightSnapshot | None:
         """The head's version, or a later one: from the node's leader, else from the server."""
@@ -265,7 +291,11 @@ class RedisSubscriber(_Inbox):
         self._share.lead()  # if the one who led is gone
         memory = Memory()
         try:
-            if (description := self._link.fetch(head, memory.room)) is None:
+            description = self._link.fetch(head, memory)
+            if description is None and (kept := self._link.anchor()) is not None and kept[:2] > self._order:
+                self._meter.count("too_slow")
+                head, description = kept, self._link.fetch(kept, memory)
+            if description is None:
                 memory.close()
                 return None
             snapshot = memory.seal(description)

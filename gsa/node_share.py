@@ -41,24 +41,32 @@ class Memory:
     def __init__(self, fd: int = -1, size: int = 0, description: int = 0) -> None:
         self.fd, self.size, self._described = fd, size, description
 
-    def room(self, size: int) -> np.ndarray:
-        """Writable bytes [size], until `seal`."""
+    def reserve(self, size: int) -> None:
+        """Room for so many bytes, to `write` until `seal`; what was there is let go of."""
+        self.close()
         self.size = size
         try:
             self.fd = os.memfd_create("gsa-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, max(size, 1))
-            return np.frombuffer(mmap.mmap(self.fd, max(size, 1)), np.uint8)[:size]
         except (OSError, AttributeError):  # forbidden here, or not there: then it is this process's alone
             self.close()
             self._own = np.empty(size, np.uint8)
-            return self._own
+
+    def write(self, at: int, part: memoryview) -> None:
+        """Copies `part` to byte `at`. By write and not through a map: pages then need neither a fault nor zeros."""
+        if self.fd < 0:
+            self._own[at : at + len(part)] = part
+            return
+        while part:
+            written = os.pwrite(self.fd, part, at)
+            at, part = at + written, part[written:]
 
     def seal(self, description: bytes) -> WeightSnapshot:
-        """From here on nobody can change it; no array of `room` may be alive."""
+        """From here on nobody can change it."""
         self._described = len(description)
         if self.fd < 0:
             return snapshot(description, self._own)
-        os.pwrite(self.fd, description, self.size)
+        self.write(self.size, memoryview(description))
         fcntl.fcntl(self.fd, _ADD_SEALS, SEALS)
         return self.read()
 

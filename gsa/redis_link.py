@@ -5,11 +5,14 @@ Under gsa:<run>:<group>:
     epoch                           the highest that a publisher has claimed
     head                            "<epoch> <version> <chunks>" of the newest whole version; set last, by a script
     notice                          channel: the new head
+    recent                          heads "… … …,… … …" that were superseded last and may still be fetched
+    anchor                          one that was superseded and stays for GRACE_S: for who is too slow for the others
     <epoch>:<version>:manifest      JSON: names, dtypes, shapes, offsets, checksums, meta
     <epoch>:<version>:<i>           chunk i, raw bytes
 
-The head's version does not expire; a superseded one does after GRACE_S, one that was never finished after UNFINISHED_S.
-When the run is over, all of the group expire after GRACE_S.
+The head's version does not expire; a superseded one goes when RECENT newer ones were superseded, but for one in each
+ANCHOR_S, or after GRACE_S; one that was never finished after UNFINISHED_S. So there are never more than VERSIONS,
+however fast they come. When the run is over, all of the group expire after GRACE_S.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import contextlib
 import re
 import socket
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,9 +31,12 @@ from redis.client import PubSub
 from redis.retry import Retry
 
 from gsa.errors import FormatError, StaleError, UsageError
-from gsa.packing import Packed, receive
+from gsa.packing import Packed, Room, receive
 
-GRACE_S = 120  # a superseded version stays readable this long: more than a fetch takes
+GRACE_S = 60  # a superseded version stays readable this long at most
+ANCHOR_S = 20  # one in so many seconds stays that long: a fetch may take GRACE_S - ANCHOR_S
+RECENT = 3  # of the others so many stay
+VERSIONS = 1 + RECENT + 1 + GRACE_S // ANCHOR_S + 1  # head, recent, anchors, and one that is being sent
 UNFINISHED_S = 600  # longer than sending one takes
 SOCKET_TIMEOUT_S = 5.0
 _GO_ON = "Workers act on with the weights they have."
@@ -44,7 +49,8 @@ if ARGV[2] == '0' and epoch > wanted then return {'fenced', false} end
 redis.call('SET', KEYS[1], string.format('%.0f', epoch))
 return {string.format('%.0f', epoch), redis.call('GET', KEYS[2])}
 """
-# Keys: epoch, head, then all of the version's. Arguments: epoch, version, notice, prefix, grace.
+# Keys: epoch, head, recent, anchor, then all of the version's. Arguments: epoch, version, notice, prefix, GRACE_S,
+# ANCHOR_S, RECENT.
 _FLIP = """
 local epoch, version = tonumber(ARGV[1]), tonumber(ARGV[2])
 if epoch < tonumber(redis.call('GET', KEYS[1]) or '0') then return 'fenced' end
@@ -54,16 +60,27 @@ if head then
   if tonumber(e) > epoch then return 'fenced' end
   if tonumber(e) == epoch and tonumber(v) >= version then return 'not above the head' end
 end
-for i = 3, #KEYS do if redis.call('EXISTS', KEYS[i]) == 0 then return 'incomplete' end end
-for i = 3, #KEYS do redis.call('PERSIST', KEYS[i]) end
+for i = 5, #KEYS do if redis.call('EXISTS', KEYS[i]) == 0 then return 'incomplete' end end
+for i = 5, #KEYS do redis.call('PERSIST', KEYS[i]) end
+local new = ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 5)
 redis.call('SET', KEYS[1], ARGV[1])
-redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 3))
-redis.call('PUBLISH', ARGV[3], ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 3))
-if head then
-  local old = ARGV[4] .. ':' .. e .. ':' .. v .. ':'
-  redis.call('EXPIRE', old .. 'manifest', ARGV[5])
-  for i = 0, tonumber(n) - 1 do redis.call('EXPIRE', old .. i, ARGV[5]) end
+redis.call('SET', KEYS[2], new)
+redis.call('PUBLISH', ARGV[3], new)
+if not head then return 'flipped' end
+local function expire(old, seconds)
+  local e, v, n = string.match(old, '^(%d+) (%d+) (%d+)$')
+  if not e then return end
+  local prefix = ARGV[4] .. ':' .. e .. ':' .. v .. ':'
+  redis.call('EXPIRE', prefix .. 'manifest', seconds)
+  for i = 0, tonumber(n) - 1 do redis.call('EXPIRE', prefix .. i, seconds) end
 end
+expire(head, ARGV[5])
+if redis.call('SET', KEYS[4], head, 'NX', 'EX', ARGV[6]) then return 'flipped' end
+local recent = {}
+for old in string.gmatch(redis.call('GET', KEYS[3]) or '', '[^,]+') do table.insert(recent, old) end
+table.insert(recent, head)
+while #recent > tonumber(ARGV[7]) do expire(table.remove(recent, 1), 0) end
+redis.call('SET', KEYS[3], table.concat(recent, ','), 'EX', ARGV[5])
 return 'flipped'
 """
 
@@ -84,7 +101,8 @@ class RedisLink:
             if not re.fullmatch(r"[\w.@+-]+", name):
                 raise UsageError(f"A run or group is named by letters, digits and . @ + - _, not '{name}'.")
         self.prefix = f"gsa:{run}:{group}"
-        self._epoch, self._head, self._notice = (f"{self.prefix}:{name}" for name in ("epoch", "head", "notice"))
+        names = ("epoch", "head", "recent", "anchor", "notice")
+        self._epoch, self._head, self._recent, self._anchor, self._notice = (f"{self.prefix}:{name}" for name in names)
         try:
             self._redis = redis.Redis.from_url(
                 url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S,
@@ -95,10 +113,18 @@ class RedisLink:
                 f"Not the URL of a server ({error}), which is like redis://:password@host:6379/0."
             ) from None
         self._claim, self._flip = self._redis.register_script(_CLAIM), self._redis.register_script(_FLIP)
+        self._scratch = np.empty(0, np.uint8)  # where a chunk is received; the same memory each time, as fresh is slow
+        self._checksums = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
     def head(self) -> Head | None:
         """None where nothing was published, or the server was emptied."""
         value = self._get(self._head)
+        return None if value is None else _parse(value)
+
+    def anchor(self) -> Head | None:
+        """A superseded version that can be fetched for GRACE_S - ANCHOR_S at least; None where none was superseded of
+        late."""
+        value = self._get(self._anchor)
         return None if value is None else _parse(value)
 
     def claim(self, epoch: int, at_least: bool) -> tuple[int, Head | None]:
@@ -111,8 +137,8 @@ class RedisLink:
             raise self.fenced(epoch)
         return int(claimed), None if head is None else _parse(head)
 
-    def fetch(self, head: Head, room: Callable[[int], np.ndarray]) -> bytes | None:
-        """The head's version into `room(bytes)`; returns its description for `packing.snapshot`.
+    def fetch(self, head: Head, room: Room) -> bytes | None:
+        """The head's version into `room`; returns its description for `packing.snapshot`.
 
         None where it was superseded and has expired since. FormatError where it is damaged.
         """
@@ -120,22 +146,27 @@ class RedisLink:
         described = self._get(manifest)
         if described is None:
             return None
-        return receive(described, head[:2], lambda i, into: self._get_into(chunks[i], into), room)
+        return receive(described, head[:2], lambda i, size: self._get_chunk(chunks[i], size), room)
 
     def send(self, packed: Packed, epoch: int) -> None:
         """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
         manifest, *chunks = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
-        with ThreadPoolExecutor(1, thread_name_prefix="checksums") as thread:  # computed while chunks are sent
-            checksums = [thread.submit(zlib.crc32, chunk) for chunk in packed.chunks]
+        checksums = [self._checksums.submit(zlib.crc32, chunk) for chunk in packed.chunks]  # while chunks are sent
+        try:
             for key, value in zip(chunks, packed.chunks, strict=True):
                 self._redis.set(key, value, ex=UNFINISHED_S)
-            described = packed.manifest(epoch, [c.result() for c in checksums])
-        self._redis.set(manifest, described, ex=UNFINISHED_S)
+            self._redis.set(manifest, packed.manifest(epoch, [c.result() for c in checksums]), ex=UNFINISHED_S)
+        except redis.exceptions.OutOfMemoryError:
+            for key in chunks:
+                self._redis.expire(key, 0)  # what fitted in would be in the way of the next
+            raise
         self.flip(head)
 
     def flip(self, head: Head) -> None:
-        arguments: list[int | str] = [head.epoch, head.version, self._notice, self.prefix, GRACE_S]
-        result = self._flip([self._epoch, self._head, *self._keys(head)], arguments)
+        keys = [self._epoch, self._head, self._recent, self._anchor, *self._keys(head)]
+        limits = [GRACE_S, ANCHOR_S, RECENT]
+        arguments: list[int | str] = [head.epoch, head.version, self._notice, self.prefix, *limits]
+        result = self._flip(keys, arguments)
         if result == b"fenced":
             raise self.fenced(head.epoch)
         if result != b"flipped":  # incomplete: the server was emptied meanwhile
@@ -192,7 +223,7 @@ class RedisLink:
                 f"in the URL, use the host name that the certificate is for, and rediss:// only where it speaks TLS."
             )
         if isinstance(error, redis.exceptions.OutOfMemoryError):
-            need = f"at least {-(-3 * size >> 20)} MB for these weights" if size else "more"
+            need = f"at least {-(-VERSIONS * size >> 20)} MB for these weights" if size else "more"
             return f"{where} is out of memory: give it {need} (maxmemory). {_GO_ON}"
         if isinstance(error, redis.TimeoutError):
             tls = issubclass(self._redis.connection_pool.connection_class, redis.SSLConnection)
@@ -204,17 +235,21 @@ class RedisLink:
 
     def close(self) -> None:
         self._redis.close()
+        self._checksums.shutdown(wait=False)
 
     def _get(self, key: str) -> bytes | None:
         return self._redis.get(key)  # type: ignore[return-value]  # bytes, as responses are not decoded
 
-    def _get_into(self, key: str, into: memoryview) -> int | None:
-        """Receives the value into `into`; its CRC-32, or -1 where it is of another length, None where there is none.
+    def _get_chunk(self, key: str, size: int) -> tuple[memoryview, int] | None:
+        """The value, which should have `size` bytes, and its CRC-32; None where there is none.
 
         The client's own way to get a value copies it three times and holds the interpreter meanwhile, from the
         thread that acts. So the reply is read from the connection's socket; what is not as expected is left to
         the client, on a fresh connection.
         """
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
+        into = memoryview(self._scratch)[:size]
         pool = self._redis.connection_pool
         connection: Any = pool.get_connection()
         try:
@@ -232,12 +267,9 @@ class RedisLink:
         finally:
             pool.release(connection)
         if checksum is not None:
-            return checksum
+            return into, checksum
         value = self._get(key)
-        if value is None or len(value) != len(into):
-            return None if value is None else -1
-        into[:] = value
-        return zlib.crc32(into)
+        return None if value is None else (memoryview(value), zlib.crc32(value))
 
     def _keys(self, head: Head) -> list[str]:
         """The manifest's, then the chunks'. The epoch is in them, so that a stale learner overwrites nothing."""

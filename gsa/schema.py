@@ -27,6 +27,7 @@ from gsa.errors import FormatError, SpecMismatch, unknown
 
 METHODS = ("scratch", "naive", "rehearsal", "random-rehearsal", "gsa", "jsrl")
 ACTION_SLACK = 1e-5  # how far float error may carry an executed action outside [-1, 1]
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has none: the bits, in a dtype that nothing else is
 
 
 class Controller(enum.IntEnum):
@@ -191,7 +192,7 @@ class WeightSnapshot:
     """Published weights: what acting needs, at one version."""
 
     version: int  # only ever rises within a run
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]  # of the plain dtypes, or BFLOAT16
     meta: Mapping[str, Any] = field(default_factory=dict)  # architecture hash, updates, epoch
 
 

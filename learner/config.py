@@ -126,7 +126,7 @@ class LearnerConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     publish_every: int = 1  # updates between published snapshots, at least
     publish_every_s: float = 0.0  # seconds between published snapshots, at least
-    publish_bf16: bool = False  # matrices are rounded to bfloat16 on their way over Redis: half the bytes
+    publish_bf16: bool = False  # matrices are rounded to bfloat16 where they are published: half the bytes
 
     def __post_init__(self) -> None:
         _positive(self, "publish_every")

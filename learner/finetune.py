@@ -29,6 +29,7 @@ class FineTuner:
         model = agent.world_model
         model.config = dataclasses.replace(model.config, precision=config.compute.precision)
         self.updates = 0
+        self._snapshot: dict[str, np.ndarray] | None = None
         self._optimisers = {
             name: Optimiser(name, getattr(agent, name).named_parameters(), getattr(config, name))
             for name in ("world_model", "reward", "actor", "critic")
@@ -61,8 +62,9 @@ class FineTuner:
         return metrics
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Copies of the weights that acting needs, by name: what is published."""
-        return self.agent.acting_tensors()
+        """Copies of the weights that acting needs, by name: what is published. Good until the next call."""
+        self._snapshot = self.agent.acting_tensors(self.config.publish_bf16, self._snapshot)
+        return self._snapshot
 
     def state(self) -> dict[str, Any]:
         """All that continues the training exactly. The tensors are the live ones: save or copy them at once."""

@@ -32,7 +32,7 @@ class LearnerLoop:
     """Owns the rhythm of learning: it waits where `sample` has nothing, and publishes as often as asked for, at most.
 
     `sample` gives a batch, or None where the rate limiter says wait. `publish` takes the acting tensors and
-    {"updates": n}; it gets arrays of its own and may keep them.
+    {"updates": n}; it copies what it keeps of them.
     """
 
     def __init__(

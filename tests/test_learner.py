@@ -412,7 +412,11 @@ def test_bfloat16_learns_like_float32():
 
 def test_the_loop_trains_and_publishes_a_real_agent():
     published = []
-    learner = LearnerLoop(tuner(), lambda: dot_batch(), lambda tensors, meta: published.append((tensors, meta)), 2)
+
+    def publish(tensors, meta):
+        published.append(({k: v.copy() for k, v in tensors.items()}, meta))
+
+    learner = LearnerLoop(tuner(), lambda: dot_batch(), publish, 2)
     learner.run(threading.Event(), updates=4)
     assert [meta["updates"] for _, meta in published] == [0, 2, 4]
     assert any(not np.array_equal(published[0][0][k], published[2][0][k]) for k in published[0][0])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from gsa.agent.rssm import State
 from gsa.agent.sizes import PriorConfig
 from gsa.agent.world_model import WorldModel
 from gsa.errors import FormatError, SpecMismatch, UsageError
-from gsa.schema import Controller
+from gsa.schema import BFLOAT16, Controller
 from tests.agents import BEHAVIOUR, MODEL
 
 ACTIONS = 2
@@ -171,6 +172,48 @@ def test_published_weights_take_effect_and_keep_the_latent(agent):
     with torch.no_grad():
         mean, _ = other.actor(policy.state)
     np.testing.assert_allclose(action, mean.numpy(), atol=1e-6)
+
+
+def test_weights_made_ready_in_another_thread_are_taken_over_as_they_are(agent):
+    """The policy acts on with its own meanwhile; read-only ones are not even copied."""
+    other = Agent.create(WorldModel.create(MODEL, 5), BEHAVIOUR, ACTIONS, 6)
+    policy, image = guided(agent), {"pixels": frames(1)[0]}
+    before, expected = (guided(a).act(image, who(2), rngs(1)) for a in (agent, other))
+    tensors = other.acting_tensors()
+    for value in tensors.values():
+        value.flags.writeable = False
+    staged = []
+    thread = threading.Thread(target=lambda: staged.append(policy.stage(tensors)))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(policy.act(image, who(2), rngs(1)), before)
+    policy.begin(0)
+    policy.load_tensors(staged[0])
+    np.testing.assert_array_equal(policy.act(image, who(2), rngs(1)), expected)
+    name = "actor.net.last.bias"
+    assert policy._nets.state_dict()[name].data_ptr() == tensors[name].ctypes.data
+
+
+def test_weights_in_bfloat16_are_rounded_to_the_nearest_and_biases_are_not(agent):
+    exact, narrow = agent.acting_tensors(), agent.acting_tensors(bf16=True)
+    assert sum(v.nbytes for v in narrow.values()) < 0.6 * sum(v.nbytes for v in exact.values())
+    rounded = {k: v if v.ndim < 2 else torch.from_numpy(v).to(torch.bfloat16).float().numpy() for k, v in exact.items()}
+    assert {k for k, v in narrow.items() if v.dtype == BFLOAT16} == {k for k, v in exact.items() if v.ndim > 1}
+    actions = []
+    for tensors in (rounded, narrow):
+        policy = GuidedPolicy(MODEL, BEHAVIOUR, ACTIONS)
+        policy.load_tensors(tensors)
+        actions.append(policy.act({"pixels": frames(1)[0]}, who(2), rngs(1)))
+    np.testing.assert_array_equal(*actions)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_arrays_of_an_earlier_snapshot_can_be_used_again(agent, bf16):
+    other = Agent.create(WorldModel.create(MODEL, 5), BEHAVIOUR, ACTIONS, 6)
+    out = other.acting_tensors(bf16)
+    again, expected = agent.acting_tensors(bf16, out), agent.acting_tensors(bf16)
+    for name, value in expected.items():
+        assert again[name].tobytes() == value.tobytes() == out[name].tobytes()
 
 
 def test_foreign_weights_are_refused_and_the_old_ones_stay(agent):

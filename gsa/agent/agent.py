@@ -131,11 +131,12 @@ class Agent(nn.Module):
         for slow, fast in pairs:
             slow.lerp_(fast, self.config.slow_critic_rate)
 
-    def acting_tensors(self) -> dict[str, np.ndarray]:
-        """Copies of the weights that acting needs, by name, float32: what is published."""
+    def acting_tensors(self, bf16: bool = False, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Copies of the weights that acting needs, by name: what is published. float32; with `bf16`, those of two or
+        more axes BFLOAT16. Into the arrays of `out`, if given, which an earlier call returned."""
         modules = {k: getattr(self.world_model, k) for k in ACTING} | {"actor": self.actor}
         state = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).state_dict()
-        return {k: v.detach().to("cpu", torch.float32, copy=True).numpy() for k, v in state.items()}
+        return {k: storage.to_array(v.detach(), bf16, None if out is None else out[k]) for k, v in state.items()}
 
     def save(self, folder: str | Path, meta: Mapping[str, Any] | None = None) -> None:
         """Writes the world model and the behaviour. The folder also opens as a world model's."""

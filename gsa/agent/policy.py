@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gsa.agent import observation as observations
 from gsa.agent import rssm, storage
 from gsa.agent.agent import Agent
 from gsa.agent.behaviour import Actor
 from gsa.agent.prior_actor import PriorActor, cameras
-from gsa.agent.rssm import State
+from gsa.agent.rssm import State, Transition
 from gsa.agent.sizes import IMAGE_SHAPE, BehaviourConfig, WorldModelConfig
 from gsa.errors import SpecMismatch, UsageError
 from gsa.schema import Controller
+
+
+class _Staged(dict[str, np.ndarray]):
+    """Published weights, and what acting makes of them."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], transition: Transition) -> None:
+        super().__init__(tensors)
+        self.weights, self.transition = weights, transition
 
 
 class GuidedPolicy:
@@ -47,7 +56,7 @@ class GuidedPolicy:
         names = ("encoder", "vector_encoder", "cell", "posterior", "actor")
         modules = {name: getattr(self, name) for name in names}
         self._nets = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).requires_grad_(False)
-        self._transition = rssm.Transition(self.cell)
+        self._transition = Transition(self.cell)
         self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
         self._previous_action = torch.zeros(envs, model.max_action_dim)
         self._frames: np.ndarray | None = None
@@ -60,22 +69,30 @@ class GuidedPolicy:
                 self._vectors = np.zeros((envs, seen.length), np.float32)
 
     def load_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Takes over published weights between two steps; latents stay. All of them are checked before any is copied.
+        """Takes over published weights between two steps; latents stay. All of them are checked before any is used.
 
-        Raises SpecMismatch when a name, shape or dtype is not that of Agent.acting_tensors.
+        What `stage` gave is taken over by a switch of references. Raises SpecMismatch when a name, shape or dtype
+        is not that of Agent.acting_tensors.
         """
-        for name, value in tensors.items():
-            if value.dtype != np.float32:
-                raise SpecMismatch(f"Published weight '{name}' is {value.dtype}, float32 expected.")
-        storage.fill_from_arrays(self._nets, tensors, "The policy")
-        self._transition = rssm.Transition(self.cell)
+        staged = tensors if isinstance(tensors, _Staged) else self.stage(tensors)
+        storage.use(self._nets, staged.weights)
+        self._transition = staged.transition
+
+    @torch.no_grad()
+    def stage(self, tensors: Mapping[str, np.ndarray]) -> _Staged:
+        """Makes published weights ready for `load_tensors`, in any thread, while others act. Arrays that are read-only
+        are used where they are. Raises SpecMismatch as above."""
+        weights = storage.from_arrays(self._nets, tensors, "The policy")
+        own = {f"cell.{name}": p for name, p in self.cell.named_parameters()}
+        parameters = {id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in own.items()}
+        return _Staged(tensors, weights, Transition(copy.deepcopy(self.cell, parameters)))
 
     @torch.no_grad()
     def load_prior(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes over the prior actor's weights, which are published once, apart. Raises SpecMismatch as above."""
         if self.prior is None:
             raise UsageError("This policy was made without a prior actor.")
-        storage.fill_from_arrays(self.prior, tensors, "The prior actor")
+        storage.use(self.prior, storage.from_arrays(self.prior, tensors, "The prior actor"))
 
     @torch.inference_mode()
     def begin(self, env: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gsa.errors import FormatError, SpecMismatch, UsageError
+from gsa.schema import BFLOAT16
 
 FORMAT = 1
 MAX_ABOUT_BYTES = 1 << 24
@@ -94,12 +96,44 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
             value.copy_(tensors[name])
 
 
-def fill_from_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """`fill` for a module on the CPU, from arrays that may be read-only: each value is copied once."""
-    own = module.state_dict()
-    _require_same(own, arrays, what)
-    for name, value in own.items():
-        np.copyto(value.numpy(), arrays[name])
+def to_array(tensor: Tensor, bf16: bool, out: np.ndarray | None = None) -> np.ndarray:
+    """A copy on the CPU as float32; with `bf16`, where the tensor has two or more axes, as BFLOAT16: biases and norms
+    are never rounded. Into `out`, if that is given, which an earlier call returned for the tensor."""
+    dtype = torch.bfloat16 if bf16 and tensor.ndim >= 2 else torch.float32
+    copy = torch.empty(tensor.shape, dtype=dtype) if out is None else _shared(out)
+    copy.copy_(tensor)
+    return copy.numpy() if dtype == torch.float32 else copy.view(torch.int16).numpy().view(BFLOAT16)
+
+
+def from_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, Tensor]:
+    """float32 tensors for `use`. Read-only arrays, which nobody will change, are shared; others are copied. Raises
+    SpecMismatch, naming the first, unless names, shapes and dtypes are those of the module."""
+    _require_same(module.state_dict(), arrays, what)
+    for name, array in arrays.items():
+        if array.dtype not in (np.float32, BFLOAT16):
+            raise SpecMismatch(f"{what}: '{name}' is {array.dtype}, float32 or bfloat16 expected.")
+    return {name: _shared(a).to(torch.float32, copy=a.flags.writeable) for name, a in arrays.items()}
+
+
+def use(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts the tensors in place of the module's own: a switch of references. They are what `from_arrays` gave."""
+    for name, own in itertools.chain(module.named_parameters(), module.named_buffers()):
+        own.data = tensors[name]
+
+
+class _Writable:
+    """The memory of an array, said to be writable: torch warns of others, and we write to none."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """The array's memory as a tensor."""
+    if array.dtype != BFLOAT16:
+        return torch.from_numpy(np.asarray(_Writable(array)))
+    return torch.from_numpy(np.asarray(_Writable(array.view(np.int16)))).view(torch.bfloat16)
 
 
 def _require_same(
