@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from gsa.errors import FormatError
 from gsa.schema import BFLOAT16, WeightSnapshot
@@ -43,10 +43,10 @@ class Packed:
 
     def manifest(self, epoch: int, checksums: Sequence[int] | None = None) -> bytes:
         """`checksums`: of the chunks, where they are known already."""
-        crc32 = [zlib.crc32(c) for c in self.chunks] if checksums is None else list(checksums)
+        checks = [crc32(c) for c in self.chunks] if checksums is None else list(checksums)
         return json.dumps({
             "format": FORMAT, "epoch": epoch, "version": self.version, "bytes": self.size, "chunk_bytes": CHUNK_BYTES,
-            "crc32": crc32, "tensors": self.entries, "meta": dict(self.meta),
+            "crc32": checks, "tensors": self.entries, "meta": dict(self.meta),
         }).encode()  # fmt: skip
 
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import redis
+from isal.isal_zlib import crc32
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
@@ -151,7 +151,7 @@ class RedisLink:
     def send(self, packed: Packed, epoch: int) -> None:
         """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
         manifest, *chunks = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
-        checksums = [self._checksums.submit(zlib.crc32, chunk) for chunk in packed.chunks]  # while chunks are sent
+        checksums = [self._checksums.submit(crc32, chunk) for chunk in packed.chunks]  # while chunks are sent
         try:
             for key, value in zip(chunks, packed.chunks, strict=True):
                 self._redis.set(key, value, ex=UNFINISHED_S)
@@ -269,7 +269,7 @@ class RedisLink:
         if checksum is not None:
             return into, checksum
         value = self._get(key)
-        return None if value is None else (memoryview(value), zlib.crc32(value))
+        return None if value is None else (memoryview(value), crc32(value))
 
     def _keys(self, head: Head) -> list[str]:
         """The manifest's, then the chunks'. The epoch is in them, so that a stale learner overwrites nothing."""
@@ -289,11 +289,11 @@ def _receive_bulk(sock: socket.socket, into: memoryview) -> int | None:
     early = memoryview(begun)[len(expected) : got]
     inside = min(len(early), len(into))
     into[:inside] = early[:inside]
-    checksum = zlib.crc32(into[:inside])
+    checksum = crc32(into[:inside])
     end = bytearray(early[inside:])
     while inside < len(into):
         n = _some(sock, into[inside:])
-        checksum = zlib.crc32(into[inside : inside + n], checksum)
+        checksum = crc32(into[inside : inside + n], checksum)
         inside += n
     while len(end) < 2:
         more = bytearray(2 - len(end))
