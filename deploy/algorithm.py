@@ -222,7 +222,8 @@ class GSA(Algorithm):
         self.faults.write(self.frames, f"worker-{worker}", "The worker's process ended, or its node is gone.")
         if self._deaths[worker] >= MAX_FAULTS:
             raise GsaError(
-                f"Worker {worker} died {MAX_FAULTS} times in a row before its first agent step: is there memory enough?"
+                f"Worker {worker} died {MAX_FAULTS} times in a row before its first agent step: its process crashed "
+                "or was killed. Is there memory enough?"
             )
 
     def _evaluate(self, final: bool) -> dict[str, float]:

@@ -35,15 +35,19 @@ def check_collected(run: Path) -> None:
         assert (t.observation["pixels"][:, 0, 0, 0] == np.arange(len(t) + 1)).all()
 
 
+def distributed(settings, folder: Path, program: tuple[str, ...] = ("-m", "deploy.cli")) -> subprocess.CompletedProcess:
+    """A run over Ray and Redis, as a user starts it."""
+    configs.save(settings, folder / "config.yaml")
+    command = [sys.executable, *program, "finetune", "--config", str(folder / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
 @pytest.mark.timeout(600)
 def test_a_distributed_run_outlives_environments_that_hang_crash_raise_and_answer_nonsense(tmp_path):
     """Half of all episodes end in one of six ways, drawn by the seed; one way keeps the interpreter's lock for ever."""
     out = tmp_path / "run"
-    settings = faulty(out, "Any", workers=2, envs=2)
-    configs.save(settings, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    done = distributed(faulty(out, "Any", workers=2, envs=2), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     check_collected(out)
     rows = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
@@ -83,3 +87,27 @@ def test_a_guide_may_play_a_whole_run(tmp_path):
     controllers = np.concatenate([t.controller for t in online(run)])
     assert (controllers == Controller.HUMAN).mean() == pytest.approx(1 / 3, abs=0.05)
     assert [t.action[0].tolist() for t in online(run)] == [[0.25, 0.25]] * len(online(run))
+
+
+@pytest.mark.timeout(600)
+def test_a_guide_may_play_in_the_workers_of_a_distributed_run(tmp_path):
+    settings = config(tmp_path / "run", workers=2, envs=2, guide="tests.guides:third", final_episodes=1)
+    done = distributed(settings, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_collected(tmp_path / "run")
+    for t in online(tmp_path / "run"):
+        guided = t.controller == Controller.HUMAN
+        assert (np.flatnonzero(guided) == np.arange(0, len(t), 3)).all()
+        assert (t.action[guided] == 0.25).all() and not (t.action[~guided] == 0.25).all(1).any()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("deaths", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_worker_that_dies_again_and_again_ends_the_run_with_the_cause(deaths, tmp_path):
+    program = f"import sys, actors.rollout as a; a.MAX_FAULTS = {deaths}; from deploy.cli import main; sys.exit(main())"
+    settings = config(tmp_path / "run", workers=1, guide="tests.guides:deadly")
+    done = distributed(settings, tmp_path, ("-c", program))
+    assert done.returncode == 1, done.stderr[-3000:]
+    said = f"gsa: Worker 1 died {deaths} times in a row before its first agent step: its process crashed or was killed."
+    assert said in " ".join(done.stderr.split()), done.stderr[-3000:]
+    assert len((tmp_path / "run" / "faults.jsonl").read_text().splitlines()) == deaths
