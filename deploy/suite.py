@@ -36,6 +36,7 @@ from gsa import config as configs
 from gsa.errors import GsaError, Stopped, UsageError
 from retrieval.files import WriterLock
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "Stopped; what was running is saved, and the same command goes on."
 EARLY_S = 60.0  # before --max-hours, to save in; a tenth of them where that is less
 
@@ -200,13 +201,19 @@ class Stopping:
         timer.daemon = True
         if max_hours > 0:
             timer.start()
-        before = {s: signal.signal(s, self._heard) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
         try:
             yield self
         finally:
             timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Takes the signals, which Ray takes when it starts."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
 
     def _time_is_over(self) -> None:
         self.out_of_time = True

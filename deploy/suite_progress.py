@@ -68,15 +68,24 @@ def standing(folder: Path, trial: Trial) -> Standing:
     return Standing(trial, "begun" if run.exists() else "waiting", frames, score)
 
 
-def standings(folder: Path, trials: Sequence[Trial]) -> list[Standing]:
-    return [standing(folder, trial) for trial in trials]
+class Standings:
+    """How all trials stand, whenever asked: what is done is read once."""
+
+    def __init__(self, folder: Path, trials: Sequence[Trial]) -> None:
+        self._folder, self._trials = folder, trials
+        self._done: dict[str, Standing] = {}
+
+    def __call__(self) -> list[Standing]:
+        now = [self._done.get(trial.name) or standing(self._folder, trial) for trial in self._trials]
+        self._done = {each.trial.name: each for each in now if each.state == "done"}
+        return now
 
 
 def status(suite: SuiteConfig, folder: Path) -> int:
     """Prints how the suite stands."""
     if not folder.is_dir():
         raise UsageError(f"{suite.name} has not been begun: there is no {folder}.")
-    now = standings(folder, suite.trials(folder))
+    now = Standings(folder, suite.trials(folder))()
     out = console.__class__(highlight=False)  # what was asked for goes to standard output
     out.print(scores(now))
     out.print(summary(now), soft_wrap=True)
@@ -114,8 +123,9 @@ def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], Non
     """Yields what to call now and then: a live table on a terminal; elsewhere a line now and then, and one for each
     trial that ends."""
     if not console.is_terminal:
-        yield _Lines(folder, trials)
+        yield _Lines(Standings(folder, trials))
         return
+    standings = Standings(folder, trials)
     with Live(console=console, auto_refresh=False) as live:
         next_look = 0.0
 
@@ -123,7 +133,7 @@ def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], Non
             nonlocal next_look
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_S
-                live.update(_view(standings(folder, trials)), refresh=True)
+                live.update(_view(standings()), refresh=True)
 
         yield look
         next_look = 0.0
@@ -133,16 +143,16 @@ def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], Non
 class _Lines:
     """For logs."""
 
-    def __init__(self, folder: Path, trials: Sequence[Trial]) -> None:
-        self.folder, self.trials = folder, trials
+    def __init__(self, standings: Standings) -> None:
+        self.standings = standings
         self.look, self.line = 0.0, 0.0
-        self.ended: set[str] = set()
+        self.ended = {each.trial.name for each in standings() if each.state == "done"}
 
     def __call__(self) -> None:
         if time.monotonic() < self.look:
             return
         self.look = time.monotonic() + LOOK_S
-        now = standings(self.folder, self.trials)
+        now = self.standings()
         for each in now:
             if each.state == "done" and each.trial.name not in self.ended:
                 self.ended.add(each.trial.name)

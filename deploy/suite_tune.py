@@ -34,6 +34,9 @@ class Stop(Protocol):
     @property
     def now(self) -> bool: ...
 
+    def listen(self) -> None:
+        """Hears signals again, after Ray took them."""
+
 
 def run_trials(
     resources: Resources,
@@ -49,6 +52,7 @@ def run_trials(
     at_a_time = resources.at_a_time
     with ExitStack() as stack:
         start_ray(address, resources.cpus * at_a_time, stack)
+        stop.listen()
         from ray import tune
 
         for name in ("ray.tune", "ray.train"):

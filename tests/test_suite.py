@@ -28,6 +28,8 @@ from tests.suite_results import fill
 
 SUITES = Path("suites")
 NAMES = ("scratch", "gsa", "prior")
+COMMAND = [sys.executable, "-m", "deploy.cli", "suite", "run"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd()}
 SAME = ("score", "return", "curve", "episodes", "policies", "settings", "frames")  # of a result: not its times
 
 
@@ -74,38 +76,54 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_a_suite_whose_every_process_is_killed_goes_on_to_the_same_results(whole, tmp_path):
-    """First a trial's own process is killed, which is tried again from its checkpoint; then all there is, in the midst
-    of another trial. A trial that always fails is named, and stops no other."""
-    out, file = tmp_path / "suite", write(tmp_path / "small.yaml")
-    begin = [sys.executable, "-m", "deploy.cli", "suite", "run", str(file), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+def test_a_suite_that_is_stopped_and_whose_every_process_is_killed_goes_on_to_the_same_results(whole, tmp_path):
+    """First a trial's own process is killed, which is tried again from its checkpoint; the next trial is stopped by
+    SIGTERM and then killed with all there is. A trial that always fails is named, and stops no other."""
+    out, log = tmp_path / "suite", tmp_path / "log"
+    command = [*COMMAND, str(write(tmp_path / "small.yaml")), "--out", str(out)]
+    two = [*command, "--only", "*scratch*", "*gsa*"]
     first, second = (out / "trials" / f"gym-SlowCounting-v0--{name}--seed0" for name in ("scratch", "gsa"))
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([*begin, "--only", "*scratch*", "*gsa*"], env=environment, stdout=log, stderr=log)
-        try:
-            assert wait_for(process, lambda: collected(first) >= 60, 300)
-            killed = children(process.pid, "deploy.trial")
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
-            assert wait_for(process, lambda: collected(second) >= 60, 300)
-        finally:
-            for pid in (process.pid, *children(process.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-    assert len(killed) == 1, (tmp_path / "log").read_text()[-3000:]
-    kept = {name: (out / "results" / name).stat().st_mtime_ns for name in os.listdir(out / "results")}
-    assert list(kept) == ["gym-SlowCounting-v0--scratch--seed0.json"]
 
-    ended = subprocess.run(begin, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    def killed(process: subprocess.Popen) -> bool:
+        assert wait_for(process, lambda: collected(first) >= 60, 300), log.read_text()[-3000:]
+        (trial,) = children(process.pid, "deploy.trial")
+        os.kill(trial, signal.SIGKILL)
+        return wait_for(process, lambda: collected(second) >= 40, 300)
+
+    assert watched(two, log, killed, lambda process: process.terminate()) == 143, log.read_text()[-3000:]
+    assert "2 trials" in log.read_text() and not children(os.getpid(), "deploy.trial")
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
+    assert list(kept) == ["gym-SlowCounting-v0--scratch--seed0.json"]
+    assert list((second / "checkpoints").iterdir())
+
+    watched(two, log, lambda process: wait_for(process, lambda: collected(second) >= 80, 300), kill_all)
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 1, ended.stderr[-3000:]
     assert "failed: gym-SlowCounting-v0--naive--seed0: The guide failed in step 0" in ended.stderr
     assert all((out / "results" / name).stat().st_mtime_ns == at for name, at in kept.items())
     ours, theirs = results(out), results(whole)
     assert {name: same(ours[name]) for name in ours} == {name: same(theirs[name]) for name in theirs}
-    assert [ours[name]["attempts"] for name in sorted(ours)] == [2, 1, 2]  # gsa, prior, scratch
+    assert [ours[name]["attempts"] for name in sorted(ours)] == [3, 1, 2]  # gsa, prior, scratch
     assert len((out / "trials/gym-SlowCounting-v0--naive--seed0/attempts.jsonl").read_text().splitlines()) == 2
+
+
+def watched(command: list[str], log: Path, wait, end) -> int:
+    """Starts a suite, waits for what is to come of it, ends it; its exit code."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file)
+        try:
+            assert wait(process), log.read_text()[-3000:]
+            end(process)
+            return process.wait(300)
+        finally:
+            kill_all(process)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    for pid in (process.pid, *children(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 BAD = {
@@ -281,7 +299,7 @@ def test_a_trial_may_be_distributed_and_its_pool_and_model_another_suites(whole,
         world_model={"folder": str(whole / "world_model")},
         finetune=plain()["finetune"] | {"local": False, "workers": 2},
     )  # fmt: skip
-    command = [sys.executable, "-m", "deploy.cli", "suite", "run", str(file), "--out", str(tmp_path / "out")]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False, timeout=500)
+    command = [*COMMAND, str(file), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, env=ENVIRONMENT, check=False, timeout=500)
     assert ended.returncode == 0
     assert results(tmp_path / "out")["gym-SlowCounting-v0--gsa--seed0"]["frames"] == 120
