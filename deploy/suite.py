@@ -82,8 +82,7 @@ def conclude(trials: Sequence[Trial], folder: Path, out_of_time: bool) -> int:
     for trial in trials:
         if trial.name in failed:
             console.print(f"failed: {trial.name}: {failed[trial.name]}", soft_wrap=True, markup=False)
-    done = len(trials) - len(left) - len(failed)
-    console.print(f"Of {len(trials)} trials {done} are done, {len(failed)} failed, {len(left)} are left.")
+    console.print(f"Done: {len(trials) - len(left) - len(failed)}, failed: {len(failed)}, left: {len(left)}.")
     if left:
         why = "The time is over; the" if out_of_time else "The"
         console.print(f"{why} same command goes on with the rest: {folder}", soft_wrap=True)

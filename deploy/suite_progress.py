@@ -100,7 +100,7 @@ def status(suite: SuiteConfig, folder: Path) -> int:
 def summary(now: Sequence[Standing]) -> str:
     counts = Counter(str(each.state) for each in now)
     order = ("done", "running", "failed", "begun", "waiting")
-    return f"{len(now)} trials: " + ", ".join(f"{counts[state]} {state}" for state in order if counts[state]) + "."
+    return f"Trials: {len(now)}; " + ", ".join(f"{counts[state]} {state}" for state in order if counts[state]) + "."
 
 
 def scores(now: Sequence[Standing]) -> Table:

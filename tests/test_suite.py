@@ -91,7 +91,7 @@ def test_a_suite_that_is_stopped_and_whose_every_process_is_killed_goes_on_to_th
         return wait_for(process, lambda: collected(second) >= 40, 300)
 
     assert watched(two, log, killed, lambda process: process.terminate()) == 143, log.read_text()[-3000:]
-    assert "2 trials" in log.read_text() and not children(os.getpid(), "deploy.trial")
+    assert "Trials: 2;" in log.read_text() and not children(os.getpid(), "deploy.trial")
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
     assert list(kept) == ["gym-SlowCounting-v0--scratch--seed0.json"]
     assert list((second / "checkpoints").iterdir())
@@ -214,7 +214,7 @@ def test_status_and_report_of_a_folder_with_a_part_of_the_trials(whole, tmp_path
     (folder / "results" / "gym-SlowCounting-v0--torn--seed0.json").write_text('{"task": ')
     assert gsa(["suite", "status", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "4 trials: 2 done, 1 failed, 1 begun." in said
+    assert "Trials: 4; 2 done, 1 failed, 1 begun." in said
     assert "begun: gym-SlowCounting-v0--gsa--seed0: 120 of 120 frames" in said
     assert "failed: gym-SlowCounting-v0--naive--seed0: The guide failed." in said
     assert gsa(["suite", "report", str(folder)]) == 0
@@ -287,7 +287,7 @@ def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path, capsys):
     file = write(tmp_path / "small.yaml", methods=["scratch", "gsa"], per_method={}, speed={"update_s": 1, "step_s": 1})
     assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out"), "--max-hours", "1e-5"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "0 are done, 0 failed, 2 are left. The time is over; the same command goes on" in said
+    assert "Done: 0, failed: 0, left: 2. The time is over; the same command goes on" in said
 
 
 @pytest.mark.slow
