@@ -24,6 +24,7 @@ from gsa.errors import UsageError
 
 LOG = "trial.log"
 LOOK_S = 0.5  # between two looks at a trial, or at whether it is to stop
+KILLED_S = 60.0  # for the kernel to end a killed trial
 SAVE_S = 300.0  # for a trial that was told to stop to be saved
 STOPPED, WRONG_USE = 143, 2  # exit codes of a trial's process
 PASSED_ON = ("PATH", "PYTHONPATH", "MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS", "GOMP_SPINCOUNT")
@@ -113,7 +114,7 @@ def run_process(folder: Path, name: str, python: str, here: str, variables: dict
             code = _wait(process, folder / STOP)
         finally:
             process.kill()
-            process.wait()
+            process.wait(KILLED_S)
     if code == 0:
         return "done"
     if (folder / STOP).exists() and code in (STOPPED, -signal.SIGTERM):
