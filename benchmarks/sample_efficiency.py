@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.evidence import analysis, page
+from deploy.provenance import surroundings
 from deploy.suite_config import SuiteConfig, Trial
 from gsa import config as configs
 from gsa.errors import UsageError
@@ -66,7 +67,7 @@ def main() -> int:
         keep(KEPT, FOLDER, trials)
         keep_pilots(PILOTS, PILOTS_FOLDER)
     found = analysis.analyse(trials, suite)
-    found["planned"], found["expert"] = len(planned), _read(FOLDER / "experts" / "collect.json")
+    found["planned"] = len(planned)
     code = harness.finish("sample_efficiency", found, analysis.goals(found, len(planned)), options)
     if options.save:
         page.write()
@@ -93,9 +94,8 @@ def gather(kept: Path, folder: Path, planned: Sequence[Trial]) -> list[dict[str,
         paths = [place / "results" / f"{trial.name}.json" for place in (folder, kept)]
         if path := next((path for path in paths if path.exists()), None):
             result = json.loads(path.read_text())
-            now = json.loads(json.dumps(trial.settings()))
-            if result["settings"] != now:
-                raise UsageError(f"{path} was made under other settings than {SUITE.name} has now: remove it.")
+            if different := trial.unlike(result["settings"]):
+                raise UsageError(f"{path} was made under other settings ({'; '.join(different)}): remove it.")
             found.append(result | _read(folder / "observed" / path.name))
     return found
 
@@ -108,8 +108,12 @@ def keep(kept: Path, folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
     for name in WORLD_MODEL:
         if (source := folder / "world_model" / name).exists():
             _copy(source, kept / "world_model" / name)
-    if report := _read(folder / "collected" / "collect.json"):
-        POOL.write_text(json.dumps(report, indent=1) + "\n")
+    before, report = _read(POOL), _read(folder / "collected" / "collect.json")
+    if report:
+        experts = before.get("experts", {}) | _read(folder / "experts" / "collect.json").get("sources", {})
+        POOL.write_text(
+            json.dumps({"record": "pool", **surroundings(), **before, **report, "experts": experts}, indent=1) + "\n"
+        )
 
 
 def keep_pilots(kept: Path, folder: Path) -> None:

@@ -9,12 +9,13 @@ import time
 from typing import Any
 
 import ray
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.utils.checkpoints import Checkpointable
 
 from deploy import parts
 from deploy.provenance import require_same_sources
 from deploy.ray_actors import PRIOR
 from deploy.ray_links import RayReplayLink
-from deploy.rllib import Checkpointable, EnvRunner
 from gsa.broadcast import RedisSubscriber
 
 HUNG_S = 60.0  # beyond the deadline of its environments: without agent step or idle turn for so long, a worker hangs

@@ -20,7 +20,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +34,10 @@ from deploy.suite_progress import watching
 from deploy.trial import INPUTS, STOP, SUITE, write_json
 from gsa import config as configs
 from gsa.errors import GsaError, Stopped, UsageError
+from learner.config import PretrainConfig
 from retrieval.files import WriterLock
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "Stopped; what was running is saved, and the same command goes on."
 EARLY_S = 60.0  # before --max-hours, to save in; a tenth of them where that is less
 
@@ -53,20 +55,18 @@ def run(
         suite_forecast.forecast(suite, trials, left, folder, dry_run)
     if dry_run:
         return 0
-    if not left:
-        return conclude(trials, folder, False)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = WriterLock(folder, "suite")
         stack.callback(lock.release)
-        suite_tune.start(suite.resources, ray_address, stack)
         configs.save(suite, folder / SUITE)
-        stopping = stack.enter_context(Stopping(folder).listening(max_hours))  # after Ray, which takes the signals
+        stopping = stack.enter_context(Stopping(folder).listening(max_hours))
         try:
-            share(suite, trials, folder)
-            stopping.raises = False
-            with watching(folder, trials) as watch:
-                suite_tune.run_trials(suite.resources, left, folder, stopping, watch)
+            if left:
+                share(suite, trials, folder)
+                stopping.raises = False
+                with watching(folder, trials) as watch:
+                    suite_tune.run_trials(suite.resources, left, folder, ray_address, stopping, watch)
         except Stopped:
             if not stopping.out_of_time:
                 raise
@@ -201,13 +201,19 @@ class Stopping:
         timer.daemon = True
         if max_hours > 0:
             timer.start()
-        before = {number: signal.signal(number, self._heard) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
         try:
             yield self
         finally:
             timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Takes the signals, which Ray takes when it starts."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
 
     def _time_is_over(self) -> None:
         self.out_of_time = True
@@ -237,11 +243,18 @@ def _inputs(suite: SuiteConfig, trials: Sequence[Trial], folder: Path) -> dict[s
     if suite.world_model.folder is not None:
         model: Any = [_digest(p.read_bytes()) for p in sorted(suite.world_model.folder.glob("world_model.*"))]
     else:
-        model = configs.to_dict(suite.world_model.pretrain)
+        model = _chosen(configs.to_dict(suite.world_model.pretrain), configs.to_dict(PretrainConfig()))
     inputs = {name: _digest(json.dumps(of).encode()) for name, of in (("pool", pool), ("world model", model))}
     if different := [name for name in inputs if known.get(name, inputs[name]) != inputs[name]]:
         raise UsageError(f"{folder} was begun with another {' and '.join(different)}: choose another --out.")
     return inputs
+
+
+def _chosen(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as it is by default: a setting that came later does not make it another."""
+    return {
+        k: _chosen(v, defaults[k]) if isinstance(v, Mapping) else v for k, v in settings.items() if v != defaults[k]
+    }
 
 
 def _digest(data: bytes) -> str:
@@ -252,13 +265,12 @@ def _require_same_settings(trial: Trial, folder: Path) -> None:
     """Raises UsageError where the trial was begun, or ended, under other settings."""
     config, result = folder / "trials" / trial.name / "config.yaml", result_path(folder, trial)
     if result.exists():
-        before = json.loads(result.read_text())["settings"]
+        different = trial.unlike(json.loads(result.read_text())["settings"])
     elif config.exists():
-        before = replace(trial, config=configs.load(FinetuneConfig, config)).settings()
+        different = trial.unlike(replace(trial, config=configs.load(FinetuneConfig, config)).settings())
     else:
         return
-    now = json.loads(json.dumps(trial.settings()))
-    if different := [f"{k} {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]:
+    if different:
         raise UsageError(
             f"{trial.name} in {folder} has other settings ({'; '.join(different)}): choose another --out, or give the "
             "variant a name of its own."

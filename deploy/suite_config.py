@@ -21,6 +21,7 @@ from learner.config import PretrainConfig
 
 SuiteMethod = Literal[Method, "prior"]  # the prior actor alone, which nothing is learned for
 FIXED = ("task", "method", "seed", "store", "world_model", "out", "redis_url", "ray_address")  # the suite sets them
+PLACES = ("store", "world_model", "out")
 PER_RUN = ("workers", "envs", "env_timeout_s", "checkpoint_every_frames", "checkpoint_every_s", "keep_checkpoints")
 REHEARSED = ("retrieve_k", "queries", "render", "imports")  # with pool, model and task they decide a rehearsal set
 
@@ -220,8 +221,17 @@ class Trial:
 
     def settings(self) -> dict[str, Any]:
         """What makes its result: everything but where it lies and how it is run."""
-        skip = ("store", "world_model", "out", "redis_url", "ray_address", *PER_RUN)
+        skip = (*PLACES, "redis_url", "ray_address", *PER_RUN)
         return {k: v for k, v in configs.to_dict(self.config).items() if k not in skip}
+
+    def unlike(self, settings: Mapping[str, Any]) -> list[str]:
+        """What of the settings that a result was made under is not this trial's, in words.
+
+        A setting that the result does not tell is younger than it, and had its default.
+        """
+        places = {key: str(value) for key in PLACES if (value := getattr(self.config, key)) is not None}
+        before = replace(self, config=configs.from_dict(FinetuneConfig, {**settings, **places})).settings()
+        return [f"{k} {before[k]} → {value}" for k, value in self.settings().items() if before[k] != value]
 
 
 def chosen(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:

@@ -81,6 +81,17 @@ def test_guided_share_is_counted_in_fifths_of_the_run() -> None:
     assert shares == pytest.approx([0.85, 0.65, 0.45, 0.25, 0.05])
 
 
+def test_distances_are_averaged_over_the_runs_of_a_task() -> None:
+    trials = [
+        trial(
+            TASKS[0], "gsa", seed, 1, shift=[{"from": "expert", "to": "pool", "distance": [d, d, d], "of_the_pools": 1}]
+        )
+        for seed, d in ((0, 1.0), (1, 3.0))
+    ]
+    found = analysis.analyse(trials, SUITE_CONFIG)["shift"][TASKS[0]]
+    assert found == [{"from": "expert", "to": "pool", "runs": 2, "distance": [2.0, 2.0, 2.0], "of_the_pools": 1.0}]
+
+
 def test_goals_hold_only_for_what_is_there() -> None:
     scores = {"scratch": 20, "naive": 22, "rehearsal": 30, "random-rehearsal": 25, "gsa": 45}
     goals = analysis.goals(analysis.analyse(grid(scores), SUITE_CONFIG), 60)
@@ -126,6 +137,14 @@ def test_a_trial_under_other_settings_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "results" / f"{planned[0].name}.json").write_text(json.dumps(result))
     with pytest.raises(UsageError, match="other settings"):
         gather(tmp_path / "none", tmp_path, planned)
+
+
+def test_a_setting_that_came_later_does_not_make_it_another_trial(tmp_path: Path) -> None:
+    planned = SUITE_CONFIG.trials(tmp_path)[0]
+    before = json.loads(json.dumps(planned.settings()))
+    del before["learn_end"], before["learner"]["compute"]
+    assert planned.unlike(before) == []
+    assert planned.unlike({**before, "batch": 3})[0].startswith("batch 3 → ")
 
 
 def test_pilots_are_added_to_those_that_are_kept(tmp_path: Path) -> None:

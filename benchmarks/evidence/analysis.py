@@ -38,7 +38,7 @@ def analyse(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
         "frames_to_scratch": {task: frames_to_scratch(_of(main, task=task)) for task in _in(main, "task")},
         "guided_share": guided_share(trials),
         "retrieval": _first(trials, "retrieval", ("rehearsal", "gsa", "random-rehearsal")),
-        "shift": {t["name"]: t["shift"] for t in trials if t.get("shift")},
+        "shift": {task: shift(_of(trials, task=task, variant="")) for task in _in(trials, "task")},
         "others": others(trials, suite),
         "sensitivity": sensitivity(trials, suite),
         "larger_budget": larger_budget(trials, suite),
@@ -77,10 +77,10 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
 
 
 def curves(trials: Sequence[Trial], scale: Scale) -> dict[str, dict[str, list[float]]]:
-    """Method → frames and the mean over seeds of what the evaluations in the run gave there, normalised."""
+    """Method → frames and the mean over seeds of what evaluations gave there, normalised; the last is the final one."""
     found = {}
     for method in _in(trials, "method"):
-        own = [t["curve"] for t in _of(trials, method=method) if t["curve"]]
+        own = [_curve(t) for t in _of(trials, method=method) if t["curve"]]
         if not own:
             continue
         frames = sorted({row["frames"] for row in own[0]})
@@ -120,6 +120,21 @@ def guided_share(trials: Sequence[Trial]) -> dict[str, list[float]]:
                     parts[at].append(row.get("guided_share", 0.0))
             found[f"{task} {method}"] = [float(np.mean(part)) if part else 0.0 for part in parts]
     return found
+
+
+def shift(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The distances from each place to each set, and their share of the whole pool's, as means over the runs."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for t in trials:
+        for row in t.get("shift", ()):
+            found.setdefault((row["from"], row["to"]), []).append(row)
+    return [
+        {
+            "from": place, "to": to, "runs": len(rows), "distance": np.mean([r["distance"] for r in rows], 0).tolist(),
+            "of_the_pools": float(np.mean([r["of_the_pools"] for r in rows])),
+        }
+        for (place, to), rows in found.items()
+    ]  # fmt: skip
 
 
 def others(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
@@ -215,6 +230,13 @@ def _finite(value: float) -> float | None:
 
 def _scale(suite: SuiteConfig, task: str) -> Scale:
     return suite.scale.get(task, Scale())
+
+
+def _curve(trial: Trial) -> list[dict[str, Any]]:
+    """The evaluations in the run, and the final one, of more episodes, at its end."""
+    end = trial["frames"]
+    before = [{k: row[k] for k in ("frames", *MEASURES)} for row in trial["curve"] if row["frames"] < end]
+    return [*before, {k: trial[k] for k in ("frames", *MEASURES)}]
 
 
 def _xy(curve: Sequence[Mapping[str, Any]], measure: str) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ COLOURS = {
     "scratch": "#57606a", "naive": "#1f883d", "rehearsal": "#bc4c00", "random-rehearsal": "#bf8700", "gsa": "#0969da",
     "jsrl": "#8250df", "retrieved": "#bc4c00", "random": "#bf8700", "pool": "#57606a",
 }  # fmt: skip
+SETS = ("retrieved", "random", "pool")
 MEASURES = {"score": "success on Meta-World, return on DMControl", "return": "return on both"}
 
 
@@ -51,9 +52,9 @@ def page(report: Mapping[str, Any], pool: Mapping[str, Any], pilots: Mapping[str
         pictures[CURVES] = lambda path: _draw_curves(path, found["curves"])
         parts.append(f"![Learning curves of each method, a panel for each task.]({CURVES})")
     parts += [_guided(found), _retrieval(found)]
-    if found.get("shift"):
-        pictures[SHIFT] = lambda path: _draw_shift(path, found["shift"])
-        parts += [_shift(found["shift"]), f"![Wasserstein distances over the run.]({SHIFT})"]
+    if shifts := {task: rows for task, rows in found.get("shift", {}).items() if rows}:
+        pictures[SHIFT] = lambda path: _draw_shift(path, shifts)
+        parts += [_shift(shifts), f"![Wasserstein distances over the run.]({SHIFT})"]
     parts += [_others(found), _sensitivity(found)]
     if found.get("larger_budget"):
         pictures[LARGER] = lambda path: _draw_curves(
@@ -146,17 +147,15 @@ def _retrieval(found: Mapping[str, Any]) -> str:
 
 def _shift(found: Mapping[str, Any]) -> str:
     rows = []
-    for name, distances in found.items():
+    for task, distances in found.items():
         for place in dict.fromkeys(d["from"] for d in distances):
             at = {d["to"]: d for d in distances if d["from"] == place}
-            rows.append((name, place, *(f"{at[to]['distance'][0]:.2f}" for to in ("retrieved", "random", "pool"))))
+            rows.append((task, place, at["pool"]["runs"], *(f"{at[to]['distance'][0]:.2f}" for to in SETS)))
     note = (
-        "Wasserstein distance (W1) between posterior states of the pre-trained world model, from what was met in each "
+        "Wasserstein distance (W1) between posterior states of the pre-trained world model, from what gsa met in each "
     )
-    note += "quarter of the run and from an expert."
-    return f"### How far the rehearsed data is\n\n{note}\n\n" + table(
-        ("run", "from", "retrieved", "random", "pool"), rows
-    )
+    note += "quarter of the run and from an expert; means over runs."
+    return f"### How far the rehearsed data is\n\n{note}\n\n" + table(("task", "from", "runs", *SETS), rows)
 
 
 def _others(found: Mapping[str, Any]) -> str:
@@ -194,15 +193,21 @@ def _larger(found: Mapping[str, Any]) -> str:
 
 
 def _pool(pool: Mapping[str, Any]) -> str:
-    rows = []
-    for name, row in pool.get("sources", {}).items():
-        success = "" if row["success"] is None else f"{row['success']:.0%}"
-        rows.append(
-            (f"`{name}`", row["episodes"], f"{row['return']['mean']:.0f}", f"{row['return']['max']:.0f}", success)
-        )
-    note = "What the pool does not tell and the method never sees: how good its sources are."
+    if not pool:
+        return ""
     head = ("source", "episodes", "mean return", "best", "success")
-    return f"### The pool\n\n{note}\n\n{table(head, rows)}" if rows else ""
+    note = "What the pool does not tell and the method never sees: how good its sources are."
+    beside = "Beside it, and not in it: the experts that scores are held against."
+    rows, experts = _sources(pool["sources"]), _sources(pool.get("experts", {}))
+    return f"### The pool\n\n{note}\n\n{table(head, rows)}\n\n{beside}\n\n{table(head, experts)}"
+
+
+def _sources(sources: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for name, row in sources.items():
+        success, returns = "" if row["success"] is None else f"{row['success']:.0%}", row["return"]
+        rows.append((f"`{name}`", row["episodes"], f"{returns['mean']:.0f}", f"{returns['max']:.0f}", success))
+    return rows
 
 
 def _pilots(pilots: Mapping[str, Any]) -> str:
@@ -228,24 +233,19 @@ def _draw_curves(path: Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _draw_shift(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A line over the quarters of the run, and apart from it the distance from the expert."""
     figure, grid = _figure(1, len(found))
-    for axes, (name, distances) in zip(grid[0], found.items(), strict=True):
+    for axes, (task, distances) in zip(grid[0], found.items(), strict=True):
         places = list(dict.fromkeys(d["from"] for d in distances))
-        for to in ("retrieved", "random", "pool"):
+        for to in SETS:
             own = [d["distance"] for d in distances if d["to"] == to]
             whiskers = [[mean - low for mean, low, _ in own], [high - mean for mean, _, high in own]]
-            axes.errorbar(
-                range(len(places)),
-                [d[0] for d in own],
-                whiskers,
-                fmt="o-",
-                ms=4,
-                capsize=3,
-                color=COLOURS[to],
-                label=to,
-            )
-        axes.set_xticks(range(len(places)), [p.replace("online ", "") for p in places], fontsize=7)
-        axes.set_title(name, fontsize=7.5)
+            means = [d[0] for d in own]
+            axes.errorbar(range(len(places)), means, whiskers, fmt="o", ms=4, capsize=3, color=COLOURS[to], label=to)
+            axes.plot(range(len(places) - 1), means[:-1], color=COLOURS[to])
+        axes.set_xticks(range(len(places)), [place.replace("online ", "") for place in places])
+        axes.set_title(task, fontsize=9)
+    grid[0][0].set_ylabel("W1 from what was met", fontsize=8)
     grid[0][0].legend(fontsize=7.5, frameon=False)
     figure.savefig(path)
 
