@@ -95,14 +95,14 @@ class Soak:
                     process.wait()
                     process, drivers = self._start(["--resume", str(out)]), drivers + 1
         log = self.folder / "log"
-        self.runs.append({"exit": process.returncode, "drivers": drivers, **_checked(out, self.budget)})
+        self.runs.append({"exit": process.returncode, "drivers": drivers, **checked(out, self.budget)})
         if process.returncode:
             print(log.read_text()[-4000:], file=sys.stderr)
 
     def leaks(self, shared_memory: set[str]) -> dict[str, int]:
         """What is left when all is over."""
         deadline = time.time() + 60
-        while (left := _marked(self.mark)) and time.time() < deadline:
+        while (left := marked(self.mark)) and time.time() < deadline:
             time.sleep(1)
         client = redis.Redis.from_url(self.redis.url)
         lasting = [key for key in client.scan_iter("gsa:*") if client.ttl(key) == -1]
@@ -205,7 +205,7 @@ def _collected(run: Path) -> float:
         return 0.0
 
 
-def _checked(run: Path, budget: int) -> dict[str, int]:
+def checked(run: Path, budget: int) -> dict[str, int]:
     """Whether the run has every step once and in order, and each episode once in its log."""
     with TrajectoryStore.open(run / "online") as store:
         trajectories = [store.read(row) for row in store.rows()]
@@ -219,7 +219,7 @@ def _checked(run: Path, budget: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _marked(mark: str) -> list[int]:
+def marked(mark: str) -> list[int]:
     """Living processes that were started under this soak, whoever their parent is now."""
     found = []
     for folder in Path("/proc").iterdir():

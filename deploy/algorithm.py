@@ -6,6 +6,7 @@ episodes go worker → replay → learner by reference, weights learner → work
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,20 @@ from actors.rollout import MAX_FAULTS
 from deploy import parts
 from deploy.config import FinetuneConfig
 from deploy.env_runner import GSAEnvRunner
-from deploy.faults import FaultLog
+from deploy.faults import FaultLog, Warnings
 from deploy.progress import console
 from deploy.provenance import source_hash
-from deploy.ray_actors import start_evaluator, start_learner, start_replay, wait_until_alive
+from deploy.ray_actors import end_process, start_evaluator, start_learner, start_replay, wait_until_alive
+from deploy.ray_links import ScoredSaves
 from gsa.errors import GsaError
 from gsa.metrics import RunLog, read_log
 
 ROUND_S = 1.0  # between two looks around; nothing waits for the driver
 DEADLINE_S = 60.0
-SAVE_S = 120.0  # for a checkpoint to be on disk
 STOP_S = 10.0  # for workers to hand over what they have finished; one that is cut off never does
 AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
-SILENT_S = 180.0  # a worker that answers nothing for so long is killed, and restarted by RLlib
+SILENT_S = 180.0  # a process that answers nothing for so long is killed, and started anew
+AWAY = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.GetTimeoutError)
 
 
 class GSAConfig(AlgorithmConfig):
@@ -89,14 +91,16 @@ class GSA(Algorithm):
         wait_until_alive({"The learner": self.learner, "The evaluator": self.evaluator})
         self._evaluated = self._episodes = 0
         self._go_on_logging(config.run)
-        self.faults = FaultLog(config.run)
+        self.faults, self._warnings = FaultLog(config.run), Warnings()
         self.frames, self.done = 0, False
         self.latest: dict[str, float] = {}
         self.trouble = ""
+        self.told = threading.Event()  # to stop: nobody is waited for any more
         self._evaluation: Any = None
-        self._save: Any = None
+        self._saves = ScoredSaves(self._begin_save)
         self._restarts = 0
-        self._learner_heard = time.monotonic()
+        self._answered: dict[str, float] = {}  # part → when it answered last
+        self._where: dict[str, tuple[str, int]] = {}  # part → its node, and its process there
         self._heard = dict.fromkeys(self.env_runner_group.healthy_env_runner_ids(), time.monotonic())
         self._living: list[str] = []  # workers that answered in the last round
         self._deaths: dict[int, int] = {}  # of each worker since it last made an agent step
@@ -104,7 +108,9 @@ class GSA(Algorithm):
     def training_step(self) -> None:
         """One look around: what workers, replay service, learner and evaluator report, written to the run's log."""
         time.sleep(ROUND_S)
-        report = self._ask("replay service", self.replay.report, self._episodes, self._living)
+        for warning in self._warnings.take():
+            self.faults.write(self.frames, "the run", warning, "", aloud=True)
+        report = self._ask("the replay service", self.replay, "report", self._episodes, self._living)
         if report is None:
             return
         self.frames, self.done = report["frames"], report["complete"]
@@ -114,16 +120,24 @@ class GSA(Algorithm):
         self._episodes = report["cursor"]
         if evaluated := self._evaluate(final=self.done):
             values |= evaluated
-        self._save_if_due(evaluated.get("eval/score"))
+        self._saves.offer(evaluated.get("eval/score"))
         self.latest |= values
         self.log.write(self.frames, values)
         for name, value in values.items():
             self.metrics.log_value(tuple(name.split("/")), value, window=1)
 
-    def save_now(self) -> None:
-        """Saves what the learner has learned, and waits until it is on disk; all else is there already."""
-        ray.get(self.learner.save.remote(self.frames, None, wait=True), timeout=SAVE_S)
-        self.log.close()
+    def save_now(self, within_s: float) -> bool:
+        """Saves what the learner has learned; all else is on disk already. False where it is not in time: then the
+        checkpoint before it stands."""
+        try:
+            ray.get(self.learner.save.remote(self.frames, self._saves.score, wait=True), timeout=within_s)
+        except ray.exceptions.RayError:
+            if place := self._where.get("the learner"):
+                end_process(*place)  # it may hang; Ray would leave it behind
+            return False
+        finally:
+            self.log.close()
+        return True
 
     def finish(self) -> Path:
         """Saves the agent and ends every process in order."""
@@ -132,10 +146,13 @@ class GSA(Algorithm):
         return folder
 
     def cleanup(self) -> None:
-        """Ends what was started; also after a failure."""
+        """Ends what was started; also after a failure. Workers may hand over what is finished, if there is time."""
         if group := getattr(self, "env_runner_group", None):
-            group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=STOP_S)
+            if not self.told.is_set():
+                group.foreach_env_runner(lambda runner: runner.stop(), local_env_runner=False, timeout_seconds=STOP_S)
             group._worker_manager.clear()  # group.stop() would wait without end for one whose node is gone
+        if warnings := getattr(self, "_warnings", None):
+            warnings.close()
         for name in ("evaluator", "learner", "replay"):
             if actor := getattr(self, name, None):
                 ray.kill(actor)
@@ -162,26 +179,23 @@ class GSA(Algorithm):
         self._evaluated = last - last % self.finetune.eval_every_frames
 
     def _learner(self) -> dict[str, float]:
-        """What the learner counted; nothing while Ray restarts it."""
-        stats = self._ask("learner", self.learner.stats)
-        if stats is not None:
-            self._learner_heard = time.monotonic()
-        elif time.monotonic() - self._learner_heard > SILENT_S:
-            raise GsaError(f"The learner has not answered for {SILENT_S:.0f} s; go on with gsa finetune --resume.")
-        self._tell(self._ask("learner", self.learner.trouble))
-        return stats or {"driver/learner_unanswered": 1.0}
+        """What the learner counted; nothing while Ray restarts it. Tells what is wrong with the broadcast when it
+        begins, and when it is over."""
+        report = self._ask("the learner", self.learner, "report")
+        if report is None:
+            return {"driver/learner_unanswered": 1.0}
+        stats, trouble = report["stats"], report["trouble"]
+        for warning in report["warnings"]:
+            self.faults.write(self.frames, "the learner", warning, "", aloud=True)
+        if trouble and trouble != self.trouble:
+            self.faults.write(self.frames, "the broadcast", trouble, "Workers act on with what they have.", aloud=True)
+        elif trouble != self.trouble:
+            console.print("The weight broadcast works again.")
+        self.trouble = trouble
+        return stats
 
-    def _tell(self, trouble: str | None) -> None:
-        """Prints what is wrong with the broadcast when it begins, and when it is over."""
-        if trouble is not None and trouble != self.trouble:
-            console.print(trouble or "The weight broadcast works again.", soft_wrap=True)
-            self.trouble = trouble
-
-    def _save_if_due(self, score: float | None) -> None:
-        """Lets the learner save, beside its learning, unless it still does."""
-        if self._save is not None and not ray.wait([self._save], timeout=0)[0]:
-            return
-        self._save = self.learner.save.remote(self.frames, score, wait=False)
+    def _begin_save(self, score: float | None) -> Any:
+        return self.learner.save.remote(self.frames, score, wait=False)
 
     def _workers(self) -> dict[str, float]:
         """What the workers counted, together; asks each for more; kills the one that stays silent."""
@@ -192,9 +206,10 @@ class GSA(Algorithm):
             worker = result.actor_id
             self._heard[worker] = time.monotonic()
             if not result.ok:
-                self._count_death(worker)
+                self._count_death(worker, result.get())
                 continue
-            name, stats, faults, error = result.get()
+            self.faults.back(self.frames, f"worker-{worker}")
+            name, stats, faults, error, self._where[f"worker-{worker}"] = result.get()
             self._living.append(name)
             for fault in faults:
                 self.faults.write(self.frames, f"worker-{worker}", fault)
@@ -207,19 +222,20 @@ class GSA(Algorithm):
         group.foreach_env_runner_async("start", tag="start")
         for worker in group.healthy_env_runner_ids():
             if time.monotonic() - self._heard.setdefault(worker, time.monotonic()) > SILENT_S:
-                ray.kill(group._worker_manager.actors()[worker], no_restart=False)
+                self._kill(f"worker-{worker}")
                 self._heard[worker] = time.monotonic()
         together = {k: sum(v) / (len(v) if k.endswith(AVERAGED) else 1) for k, v in values.items()}
         alive = float(group.num_healthy_remote_env_runners())
         seen = {"workers": alive, "worker_restarts": self._restarts, "faults": self.faults.count}
         return {**together, **{f"driver/{name}": float(value) for name, value in seen.items()}}
 
-    def _count_death(self, worker: int) -> None:
+    def _count_death(self, worker: int, error: Exception) -> None:
         """RLlib starts it anew, elsewhere if its node is gone; until there is room for it the others take over what it
         had leased. One that dies again and again before it makes a step ends the run."""
-        self.replay.release.remote(f"worker-{worker}")
+        place, did = f"worker-{worker}", "Its episodes are dropped; Ray starts it again."
+        self.replay.release.remote(place)
         self._deaths[worker] = self._deaths.get(worker, 0) + 1
-        self.faults.write(self.frames, f"worker-{worker}", "The worker's process ended, or its node is gone.")
+        self.faults.lost(self.frames, place, how_it_ended(error), did, again=True)
         if self._deaths[worker] >= MAX_FAULTS:
             raise GsaError(
                 f"Worker {worker} died {MAX_FAULTS} times in a row before its first agent step: its process crashed "
@@ -235,7 +251,9 @@ class GSA(Algorithm):
             reference, self._evaluation = self._evaluation, None
             try:
                 return ray.get(reference, timeout=DEADLINE_S)
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayError as error:
+                did = "This evaluation is left out."
+                self.faults.write(self.frames, "the evaluator", how_it_ended(error), did, aloud=True)
                 return {"driver/evaluation_errors": 1.0}
         every = self.finetune.eval_every_frames
         if not final and self.frames >= self._evaluated + every:
@@ -243,14 +261,51 @@ class GSA(Algorithm):
             self._evaluation = self.evaluator.evaluate.remote(self.finetune.eval_episodes)
         return {}
 
-    def _ask(self, who: str, method: Any, *arguments: Any) -> Any:
-        """One call with a deadline. A part that Ray is restarting answers None."""
+    def _ask(self, part: str, actor: Any, method: str, *arguments: Any) -> Any:
+        """One call with a deadline. One that Ray is restarting answers None; one that hangs is killed."""
         try:
-            return ray.get(method.remote(*arguments), timeout=DEADLINE_S)
+            answer = ray.get(self._awaited(getattr(actor, method).remote(*arguments)), timeout=0)
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except AWAY as error:
+            if not self.told.is_set():
+                hangs = isinstance(error, ray.exceptions.GetTimeoutError)
+                did = f"It is killed after {SILENT_S:.0f} s." if hangs else "Ray starts it again; the others go on."
+                self.faults.lost(self.frames, part, how_it_ended(error), did)
+                if hangs and time.monotonic() - self._answered.get(part, time.monotonic()) > SILENT_S:
+                    self._kill(part)
+                    self._answered[part] = time.monotonic()
             return None
+        self._answered[part], self._where[part] = time.monotonic(), answer["where"]
+        self.faults.back(self.frames, part)
+        return answer
+
+    def _awaited(self, reference: Any) -> Any:
+        """The reference once its object is there, the deadline has come, or the run was told to stop."""
+        end = time.monotonic() + DEADLINE_S
+        while not ray.wait([reference], timeout=0.5)[0] and time.monotonic() < end and not self.told.is_set():
+            pass
+        return reference
+
+    def _kill(self, part: str) -> None:
+        """Ends a process that hangs; Ray starts it again."""
+        if part in self._where:
+            said = f"It has not answered for {SILENT_S:.0f} s."
+            self.faults.write(self.frames, part, said, "It is killed; Ray starts it again.", aloud=True)
+            end_process(*self._where[part])
+
+
+def how_it_ended(error: Exception) -> str:
+    """What became of a process of Ray's that does not answer, as a sentence."""
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return f"It does not answer within {DEADLINE_S:.0f} s."
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return f"It failed: {str(error.cause).rstrip('.')}."
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+        return "Its process was killed, as its node was short of memory."
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "Its process ended, or cannot be reached."
+    return "Its process ended, or its node is gone."
 
 
 def _as_list(value: Any) -> list[Any]:

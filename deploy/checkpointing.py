@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class RunCheckpoints:
     """Owns a run's checkpoints: every so many frames or seconds, written by a thread beside the run.
 
-    A save waits for the one before it. One that fails is counted and logged, and tried again when the next is due:
+    A save waits for the one before it. One that fails is counted and told, and tried again when the next is due:
     a full disk does not end a run.
     """
 
@@ -79,7 +79,7 @@ class RunCheckpoints:
         try:
             self._checkpoints.save(frames, state, score)
         except Unavailable as error:
-            _log.warning("%s", error)
+            _log.warning("%s It is tried again when the next is due.", error)
             self._meter.count("errors")
             return
         self._meter.count("written")

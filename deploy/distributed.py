@@ -21,6 +21,7 @@ from gsa.metrics import Progress
 
 CONNECT_S = 10.0
 JOIN_S = 90.0  # for nodes to join a cluster, also those of a head that is gone, and for a killed driver's to be free
+SAVE_S = 15.0  # for what the learner has learned to be on disk, once the run is told to stop
 STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
@@ -42,19 +43,20 @@ def run_distributed(
 ) -> Path:
     """Workers, replay service, learner and evaluator as actors of a launched Ray. Returns the agent's folder.
 
-    Goes on where the run in this folder stood. With `stop` set it saves, and raises Stopped.
+    Goes on where the run in this folder stood. With `stop` set it saves, if that is done within SAVE_S, and raises
+    Stopped.
     """
     from deploy.algorithm import GSAConfig  # imports rllib, so only after the environment is set
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     algorithm = GSAConfig().for_run(config, run, redis_url).build_algo()
     try:
+        algorithm.told = stop or algorithm.told
         moved, seen = time.monotonic(), (-1.0, -1.0)
         while not algorithm.done:
             algorithm.train()
-            if stop is not None and stop.is_set():
-                algorithm.save_now()
-                raise parts.stopped(algorithm.frames, run)
+            if algorithm.told.is_set():
+                raise parts.stopped(algorithm.frames, run, saved=algorithm.save_now(SAVE_S))
             now = (algorithm.frames, algorithm.latest.get("replay/sampled", 0.0))
             if now != seen:
                 moved, seen = time.monotonic(), now

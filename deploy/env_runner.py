@@ -15,9 +15,10 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from deploy import parts
 from deploy.provenance import require_same_sources
 from deploy.ray_actors import PRIOR
-from deploy.ray_links import RayReplayLink
+from deploy.ray_links import RayReplayLink, where
 from gsa.broadcast import RedisSubscriber
 
+NO_MEMORY = "not enough memory"  # as torch puts it, in a RuntimeError
 HUNG_S = 60.0  # beyond the deadline of its environments: without agent step or idle turn for so long, a worker hangs
 
 
@@ -42,16 +43,16 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._collect, name=self.name, daemon=True)
 
-    def start(self) -> tuple[str, dict[str, float], list[str], str | None]:
+    def start(self) -> tuple[str, dict[str, float], list[str], str | None, tuple[str, int]]:
         """Starts collecting if it has not; returns its name, what was counted and which faults there were since the
-        last call, and what ended it if so."""
+        last call, what ended it if so, and where it is."""
         if not self._thread.is_alive() and self._error is None and not self._stopped.is_set():
             self._thread.start()
         if time.monotonic() - self.worker.last_progress > HUNG_S + self._env_timeout_s:
             os._exit(1)  # a thread that hangs cannot be stopped otherwise; RLlib starts the worker anew
         error = None if self._error is None else f"{self.place} stopped: {self._error}"
         stats = {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}
-        return self.name, stats, self.worker.faults(), error
+        return self.name, stats, self.worker.faults(), error, where()
 
     def assert_healthy(self) -> None:
         """RLlib's probe: the constructor has run."""
@@ -92,4 +93,6 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         try:
             self.worker.run(self._stopped.is_set)
         except BaseException as error:
+            if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+                os._exit(1)  # RLlib starts a new one, with the memory that this one gives back
             self._error = error

@@ -17,7 +17,7 @@ from deploy import parts
 from deploy.checkpointing import RunCheckpoints
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
-from deploy.faults import FaultLog
+from deploy.faults import FaultLog, Warnings
 from gsa.broadcast import MemoryBroadcast
 from gsa.metrics import Progress, RunLog
 from gsa.schema import WeightSnapshot
@@ -57,7 +57,7 @@ class LocalRun:
         self._newest = self.broadcast.subscriber()
         self._published: WeightSnapshot | None = None
         self._log: RunLog | None = None
-        self._faults = FaultLog(run)
+        self._faults, self._warnings = FaultLog(run), Warnings()
         self._written = self._cursor = self._evaluated = 0  # agent steps and episodes in the log, frames evaluated at
         self._saved = False  # whether it stands where it was saved last
         self._learned = False  # whether the learner has had its turn since the worker's last
@@ -131,6 +131,8 @@ class LocalRun:
 
     def close(self) -> None:
         self.checkpoints.flush()
+        self._tell()
+        self._warnings.close()
         self.worker.close()
         self.evaluator.close()
         self.replay.close()
@@ -143,8 +145,7 @@ class LocalRun:
         rows, self._cursor = self.replay.drain_episodes(self._cursor)
         for row in rows:
             self._log.write(int(row["frames"]), parts.episode_metrics(row))
-        for fault in self.worker.faults():
-            self._faults.write(self.frames, "the run", fault)
+        self._tell()
         values = {**self.replay.stats(), **self.learner.stats(), **self.worker.stats(), **self.checkpoints.stats()}
         score = None
         if self.frames - self._evaluated >= self.config.eval_every_frames:
@@ -156,6 +157,12 @@ class LocalRun:
         if score is not None or self.checkpoints.due(self.frames):
             self.save(score)
         progress(self.frames, self.config.budget_frames, parts.headline(values))
+
+    def _tell(self) -> None:
+        for fault in self.worker.faults():
+            self._faults.write(self.frames, "the run", fault)
+        for warning in self._warnings.take():
+            self._faults.write(self.frames, "the run", warning, "", aloud=True)
 
     def _published_state(self) -> dict[str, Any]:
         """The snapshot published last: its weights, unless they are the tuner's as they are."""

@@ -141,9 +141,10 @@ def headline(values: Mapping[str, float]) -> dict[str, float]:
     return {label: value for label, value in numbers.items() if value or label != "faults"}
 
 
-def stopped(frames: int, run: Path) -> Stopped:
-    """What a run that was told to stop ends with, once it is saved."""
-    return Stopped(f"Stopped at {frames} frames; to go on: gsa finetune --resume {run}")
+def stopped(frames: int, run: Path, saved: bool = True) -> Stopped:
+    """What a run that was told to stop ends with. Not `saved`: its last checkpoint is what it goes on from."""
+    left_out = "" if saved else ", too late to save what was learned since the last checkpoint"
+    return Stopped(f"Stopped at {frames} frames{left_out}; to go on: gsa finetune --resume {run}")
 
 
 def save_agent(tuner: FineTuner, config: FinetuneConfig, run: Path) -> Path:

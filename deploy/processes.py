@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import json
 import multiprocessing
@@ -54,14 +55,45 @@ def launch(target: Callable[..., None], arguments: tuple[Any, ...], processes: i
         raise min(causes, key=lambda error: isinstance(error, Unavailable))
 
 
+class Budget:
+    """The time from the signal to stop to the end of this process, whatever it then does. `cancel` once it has ended
+    in order. What a run needs to go on is on disk at any moment, so that a hard end costs no more than a kill."""
+
+    def __init__(self, seconds: float, run: Path) -> None:
+        self._seconds, self._run = seconds, run
+        self._begun, self._over = False, threading.Event()
+
+    def begin(self) -> None:
+        """Also from a signal's handler, again and again: a thread of the low level takes no lock to start."""
+        if not self._begun:
+            self._begun = True
+            _thread.start_new_thread(self._watch, ())
+
+    def cancel(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        if not self._over.wait(self._seconds):
+            said = f"Stopped without saving: that took longer than {self._seconds:g} s"
+            sys.stderr.write(f"gsa: {said}; to go on: gsa finetune --resume {self._run}\n")
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
+
+
 @contextmanager
-def stop_on(*signals: signal.Signals) -> Iterator[threading.Event]:
-    """An event that these signals set, instead of ending the process. Outside the main thread nobody sets it."""
+def stop_on(*signals: signal.Signals, begin: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """An event that these signals set, instead of ending the process; `begin` is called besides. Outside the main
+    thread nobody sets it."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {each: signal.signal(each, lambda *_: stop.set()) for each in signals}
+
+    def told(*_: object) -> None:
+        begin()
+        stop.set()
+
+    before = {each: signal.signal(each, told) for each in signals}
     try:
         yield stop
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -16,8 +19,9 @@ from deploy import parts
 from deploy.checkpointing import RunCheckpoints
 from deploy.config import FinetuneConfig
 from deploy.evaluate import Evaluator
+from deploy.faults import Warnings
 from deploy.provenance import require_same_sources
-from deploy.ray_links import BatchSource, RayBatchLink
+from deploy.ray_links import BatchSource, RayBatchLink, where
 from gsa.broadcast import RedisPublisher, RedisSubscriber
 from gsa.errors import GsaError
 from gsa.schema import Batch, Lease, NoLease, SequenceRef, Trajectory, WeightSnapshot
@@ -71,7 +75,7 @@ class ReplayActor:
         episodes, cursor = service.drain_episodes(cursor)
         return {
             "complete": complete, "collected": service.collected, "frames": service.frames, "stats": service.stats(),
-            "episodes": episodes, "cursor": cursor,
+            "episodes": episodes, "cursor": cursor, "where": where(),
         }  # fmt: skip
 
 
@@ -86,6 +90,7 @@ class LearnerActor:
         require_same_sources(sources, "The learner")
         self._run = run
         self._config = config
+        self._warnings = Warnings()
         about = parts.Architecture.load(run)
         self._weights = RedisPublisher(redis_url, about.run)
         self._prior = None
@@ -105,19 +110,20 @@ class LearnerActor:
         self._thread = threading.Thread(target=self._learn, name="learner", daemon=True)
         self._thread.start()
 
-    def stats(self) -> dict[str, float]:
-        """Raises what ended the learning, if anything did."""
+    def report(self) -> dict[str, Any]:
+        """What was counted; what is wrong with the broadcast, as a sentence, or ""; warnings since the last call.
+
+        Raises what ended the learning, if anything did."""
         if self._error is not None:
             raise GsaError(f"The learner stopped: {self._error}") from self._error
-        return {**self._loop.stats(), **self._weights.stats(), **self._checkpoints.stats()}
-
-    def trouble(self) -> str:
-        """What is wrong with the broadcast, as a sentence; empty where nothing is."""
-        return self._weights.trouble
+        stats = {**self._loop.stats(), **self._weights.stats(), **self._checkpoints.stats()}
+        told = {"trouble": self._weights.trouble, "warnings": self._warnings.take()}
+        return {"stats": stats, **told, "where": where()}
 
     def save(self, frames: int, score: float | None, wait: bool) -> bool:
         """Saves what it has learned, if that is due; with `wait` in any case, and until it is on disk."""
         if wait or score is not None or self._checkpoints.due(frames):
+            self._checkpoints.flush()  # the one before it, while the learning goes on
             with self._loop.turn:
                 self._checkpoints.save(frames, {"tuner": self._tuner.state()}, score)
         if wait:
@@ -191,6 +197,21 @@ def start_learner(config: FinetuneConfig, run: Path, replay: Any, redis_url: str
 
 def _here(soft: bool) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=soft)
+
+
+def end_process(node: str, pid: int) -> None:
+    """Kills a process of Ray's that hangs: ray.kill only asks it to end. Ray starts its actor again."""
+    if node == ray.get_runtime_context().get_node_id():
+        _end_process(pid)
+        return
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(_end_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid)
+
+
+def _end_process(pid: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not another that has its number by now
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_until_alive(actors: Mapping[str, Any], deadline_s: float = 180.0) -> None:

@@ -1,12 +1,16 @@
-"""The links between processes over Ray: what a worker and the learner hold of the replay service.
+"""The links between processes over Ray: what a worker and the learner hold of the replay service, and the driver of the
+learner.
 
 No call waits without a deadline; an answer that does not come is asked for again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +159,34 @@ class RayBatchLink:
             self._pending.clear()
             return None
         return drawn if self._cut is None or drawn is None else self._cut(drawn)
+
+
+class ScoredSaves:
+    """Asks a learner elsewhere to save, one request at a time. A score is offered again until a request has taken it:
+    it decides which checkpoint is kept as the best."""
+
+    def __init__(self, begin: Callable[[float | None], Any]) -> None:
+        """`begin` sends the request and returns its reference in Ray."""
+        self._begin = begin
+        self.score: float | None = None  # the newest that no answered request has taken
+        self._asked: tuple[Any, float | None] | None = None
+
+    def offer(self, score: float | None = None) -> None:
+        """Asks to save, unless the request before is not yet answered."""
+        self.score = self.score if score is None else score
+        if self._asked is not None:
+            reference, taken = self._asked
+            if not ray.wait([reference], timeout=0)[0]:
+                return
+            with contextlib.suppress(RayError):  # it died: the score is offered again
+                ray.get(reference, timeout=0)
+                self.score = None if taken is self.score else self.score
+        self._asked = self._begin(self.score), self.score
+
+
+def where() -> tuple[str, int]:
+    """This process: its node and its number there."""
+    return _here(), os.getpid()
 
 
 def _here() -> str:

@@ -29,13 +29,14 @@ START_TIMEOUT_S = 10.0
 KILLED_S = 10.0  # for a process that was killed to be gone
 PORT_ATTEMPTS = 5
 PR_SET_PDEATHSIG = 1
+PING_EVERY_S, MAX_UNANSWERED = 5.0, 6  # half a minute without an answer, and it is killed
 RESTART_S = (0.1, 5.0)  # between attempts to start it again: doubled from the first up to the second
 _log = logging.getLogger(__name__)
 
 
 class EmbeddedRedis:
     """Owns one server process: own port, random password, nothing on disk. It ends when this process does; where it
-    ends before, it is started again, empty, at the same address with the same password.
+    ends before, it is started again, empty, at the same address with the same password. One that hangs is killed.
 
     `host` is the address to listen on: loopback, or this node's address in the cluster.
     """
@@ -94,7 +95,7 @@ class EmbeddedRedis:
             "maxmemory-policy": "noeviction", "dir": tempfile.gettempdir(), "loglevel": "warning",
         }  # fmt: skip
         with tempfile.TemporaryFile() as log:
-            self._process = _start_bound([self._binary, "-"], log, self._ended)
+            self._process = _start_bound([self._binary, "-"], log, self._watch)
             assert self._process.stdin is not None
             # By standard input: a command line can be read by every user of the machine.
             with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -109,6 +110,24 @@ class EmbeddedRedis:
         if "in use" in said:
             return False
         raise Unavailable(f"{self._binary} did not start on {self.host}:{port}: {said[-300:] or 'it said nothing'}.")
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Until it has ended: kills one that has left so many pings in a row unanswered."""
+        client, unanswered = self._client(), 0
+        with contextlib.closing(client):
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PING_EVERY_S)
+                    break
+                try:
+                    client.ping()
+                    unanswered = 0
+                except redis.RedisError:
+                    unanswered += 1
+                if self._restart and unanswered == MAX_UNANSWERED and process is self._process:
+                    _log.warning("This run's Redis has not answered %d pings and is killed.", unanswered)
+                    process.kill()
+        self._ended(process)
 
     def _ended(self, process: subprocess.Popen[bytes]) -> None:
         """Starts the server again, if it is the one that serves and is still wanted."""
@@ -127,8 +146,7 @@ class EmbeddedRedis:
 
     def _answers(self) -> bool:
         assert self._process is not None
-        client = redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
-        deadline = time.monotonic() + START_TIMEOUT_S
+        client, deadline = self._client(), time.monotonic() + START_TIMEOUT_S
         try:
             while self._process.poll() is None and time.monotonic() < deadline:
                 try:
@@ -138,6 +156,9 @@ class EmbeddedRedis:
             return False
         finally:
             client.close()
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
 
 
 def find_binary() -> str:
@@ -157,11 +178,12 @@ def find_binary() -> str:
 
 
 def _start_bound(
-    command: list[str], log: IO[bytes], ended: Callable[[subprocess.Popen[bytes]], None]
+    command: list[str], log: IO[bytes], watch: Callable[[subprocess.Popen[bytes]], None]
 ) -> subprocess.Popen[bytes]:
-    """Starts a process that the kernel kills when this one dies, even by kill -9; calls `ended` when it has ended.
+    """Starts a process that the kernel kills when this one dies, even by kill -9.
 
-    The kernel watches the *thread* that started the child, so a thread of its own starts it and stays until it ends.
+    The kernel watches the *thread* that started the child, so a thread of its own starts it and calls `watch`, which
+    stays until it has ended.
     """
     owner, libc = os.getpid(), ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     started = threading.Event()
@@ -189,8 +211,7 @@ def _start_bound(
             return
         finally:
             started.set()
-        process.wait()
-        ended(process)
+        watch(process)
 
     threading.Thread(target=run, name="redis-owner", daemon=True).start()
     if not started.wait(START_TIMEOUT_S):

@@ -17,14 +17,17 @@ from actors.hosting import Host
 from deploy import models, parts, rehearsal, stages
 from deploy.config import FinetuneConfig, config_of
 from deploy.forecast import forecast
-from deploy.processes import stop_on
+from deploy.processes import Budget, stop_on
 from deploy.progress import bar, console
 from gsa import config as configs
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig, preset
 from gsa.errors import EnvironmentFault, UsageError
+from reports.card import write_agent_card
 from retrieval.files import replace_file
 from retrieval.retriever import RehearsalSet
 from retrieval.store import TrajectoryStore
+
+STOP_S = 28.0  # from SIGTERM to the end of the driver: machines are taken away after 30
 
 # What a run that goes on may be told anew: where and how it is run and watched, never what it does.
 MAY_CHANGE = (
@@ -36,13 +39,16 @@ MAY_CHANGE = (
 def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
     """The whole run; returns its folder. With `resume`, goes on with the run that is in it.
 
-    SIGTERM stops the fine-tuning within an update: it is saved, and Stopped is raised.
+    SIGTERM stops the fine-tuning within an update: it is saved, and Stopped is raised; where that takes
+    longer than STOP_S this process ends by itself.
     """
     config = config.resolved()
     if config.world_model is not None:
         config = replace(config, world_model=models.folder(config.world_model))
+    assert config.out is not None, "only resolved configs have a folder"
     with ExitStack() as services:
-        redis_url = ""
+        redis_url, budget = "", Budget(STOP_S, config.out)
+        services.callback(budget.cancel)  # the last to be called
 
         def launch() -> None:
             nonlocal redis_url
@@ -53,7 +59,11 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> Path:
 
         run = prepare(config, launch, resume)
         if "fine-tune" not in stages_done(run):
-            with stage(run, "fine-tune"), stop_on(signal.SIGTERM) as stop, bar("fine-tune") as progress:
+            with (
+                stage(run, "fine-tune"),
+                stop_on(signal.SIGTERM, begin=budget.begin) as stop,
+                bar("fine-tune") as progress,
+            ):
                 if config.local:
                     from deploy.local import run_local
 
@@ -132,9 +142,11 @@ def finish(config: FinetuneConfig, run: Path) -> None:
     """Evaluates what the run made and writes its report."""
     from deploy.evaluate import final_evaluation
 
+    write_agent_card(run)  # once the weights are there, and again with scores
     if "evaluate" not in stages_done(run):
         with stage(run, "evaluate"), bar("evaluate") as progress:
             final_evaluation(config, run, progress)
+        write_agent_card(run)
     report(run)
 
 

@@ -16,6 +16,7 @@ from gsa.agent.sizes import PRESETS, preset
 from gsa.errors import SpecMismatch, Stopped, UsageError
 from gsa.schema import Spec
 from learner.config import PretrainConfig
+from reports.card import write_world_model_card
 from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _pretrain(path: Path, config: PretrainConfig, out: Path, stop: threading.Eve
             pretrain_forecast(config, config.world_model(observation), out, processes).say()
         progress = stack.enter_context(bar("pretrain")) if first else None
         train(store, config, out, progress, stop)
+        if first:
+            write_world_model_card(out)
     if stop.is_set():
         raise Stopped(f"Stopped and saved; the same command goes on from there: {out}")
 

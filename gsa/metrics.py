@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gsa.errors import Unavailable
 
 Progress = Callable[[int, int, Mapping[str, float]], None]  # done, total, numbers worth showing
 
@@ -68,13 +72,14 @@ class RunLog:
     """A run's metrics.jsonl and its TensorBoard twin. Opening a folder that has one continues it.
 
     A row is {"frames": …, "time_s": …, metric: value}. On opening, rows past `resume_frames` are cut, or those
-    after the first `resume_rows`, and in TensorBoard too, so that a resumed run writes each row once.
+    after the first `resume_rows`, and in TensorBoard too, so that a resumed run writes each row once. Nothing is
+    buffered: what `write` returned from outlives this process.
     """
 
     def __init__(self, folder: str | Path, resume_frames: int | None = None, resume_rows: int | None = None) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self._purge = 0, None
+        self.rows, purge = 0, None
         if self.path.exists():
             rows = [r for r in read_log(folder)[:resume_rows] if resume_frames is None or r["frames"] <= resume_frames]
             self.rows = len(rows)
@@ -82,30 +87,74 @@ class RunLog:
                 temporary = self.path.with_suffix(".tmp")
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
                 os.replace(temporary, self.path)
-                self._purge = rows[-1]["frames"] + 1 if rows else 0
-        self._file = self.path.open("a", buffering=1)
-        self._board: Any = None
+                purge = rows[-1]["frames"] + 1 if rows else 0
+        self._file = self.path.open("ab", buffering=0)
+        self._board = Board(self.path.parent / "tensorboard", purge)
 
     def write(self, frames: int, values: Mapping[str, float]) -> None:
-        """One row. A value that is not finite is kept as null in the file and left out of TensorBoard."""
-        row = {"frames": int(frames), "time_s": round(time.time(), 3)}
-        self._file.write(json.dumps({**row, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+        """One row. A value that is not finite is kept as null in the file and left out of TensorBoard. Raises
+        Unavailable where the disk refuses; without TensorBoard's file the run goes on."""
+        numbers = {k: _finite(v) for k, v in values.items()}
+        row = {"frames": int(frames), "time_s": round(time.time(), 3), **numbers}
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise Unavailable(f"Cannot write the log {self.path}: {error.strerror}. Free some space.") from error
         self.rows += 1
-        for key, value in values.items():
-            if math.isfinite(float(value)):
-                self._writer().add_scalar(key, float(value), int(frames))
+        self._board.write(int(frames), {k: v for k, v in numbers.items() if v is not None})
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
 
-    def _writer(self) -> Any:
-        if self._board is None:
-            from tensorboardX import SummaryWriter  # only where a run is written
 
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge)
-        return self._board
+class Board:
+    """A folder's TensorBoard events, written and flushed by whoever calls, a row an event.
+
+    tensorboardX's SummaryWriter does it in a thread, which ends without a word where the disk is full or the clock is
+    set back by weeks; from then on it blocks its caller.
+    """
+
+    def __init__(self, folder: Path, purge: int | None) -> None:
+        """`purge`: events of earlier files from this step on are void; None: none are."""
+        self._folder, self._purge = folder, purge
+        self._file: Any = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """What cannot be written is left out; once there is room again a new file goes on."""
+        from tensorboardX.proto.event_pb2 import Event  # only where a run is written
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if not values:
+            return
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        try:
+            file = self._opened()
+            file.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            file.flush()
+        except OSError:
+            self._file = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+            self._folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(self._folder / "events"), f".{os.getpid()}-{time.monotonic_ns()}")
+            if self._purge is not None:
+                started = SessionLog(status=SessionLog.START)
+                self._file.write_event(Event(step=self._purge, file_version="brain.Event:2"))
+                self._file.write_event(Event(step=self._purge, session_log=started))
+                self._purge = None
+        return self._file
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

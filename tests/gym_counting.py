@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -71,6 +73,16 @@ class Sensed(Counting):
         return ({"camera": camera, "joints": self.joints.copy()}, *rest)
 
 
+class Stamped(Counting):
+    """Leaves the time of every step in a file of its process, in the folder that GSA_TEST_STAMPS names."""
+
+    def step(self, action):
+        with (Path(os.environ["GSA_TEST_STAMPS"]) / str(os.getpid())).open("ab", buffering=0) as file:
+            file.write(np.float64(time.monotonic()).tobytes())
+        return super().step(action)
+
+
+gym.register("Stamped-v0", Stamped, max_episode_steps=STEPS, kwargs={"pause_s": 0.1})
 gym.register("Sensed-v0", Sensed, max_episode_steps=STEPS)
 gym.register("Place-v0", Place, max_episode_steps=STEPS)
 gym.register("Counting-v0", Counting, max_episode_steps=STEPS)

@@ -16,7 +16,6 @@ BOUNDING = {"timeout", "timeout_s", "timeout_seconds", "blocking", "deadline_s"}
 # Waits that something else bounds: where, and what.
 BOUNDED_ELSEWHERE = {
     "actors/collect.py:future.result": "it is done; the kernel ends a collecting process that hangs",
-    "deploy/redis_server.py:process.wait": "a thread of its own that stays until the server ends; nobody joins it",
     "gsa/redis_link.py:c.result": "a checksum that a thread of this process computes",
     "learner/clone.py:pending.result": "a batch that a thread of this process cuts from mapped files",
     "replay_service/batches.py:self._next.result": "a batch that a thread of this process cuts from mapped files",

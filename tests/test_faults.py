@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import faults
 from deploy import run as runs
 from gsa import config as configs
 from gsa.errors import GsaError, UsageError
@@ -110,4 +111,14 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_the_cause(deaths, 
     assert done.returncode == 1, done.stderr[-3000:]
     said = f"gsa: Worker 1 died {deaths} times in a row before its first agent step: its process crashed or was killed."
     assert said in " ".join(done.stderr.split()), done.stderr[-3000:]
-    assert len((tmp_path / "run" / "faults.jsonl").read_text().splitlines()) == deaths
+    assert (tmp_path / "run" / "faults.jsonl").read_text().count('"fault"') == deaths
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_outlives_every_fault_of_the_matrix_in_turn_with_every_step(tmp_path):
+    """docs/reliability.md, the rows of one machine; with a small disk to fill where that is permitted."""
+    with faults.small_disk(tmp_path) as disk:
+        result = faults.drill(tmp_path, disk, quick=False)
+    broken = {name: goal for name, goal in faults.goals(result, {}).items() if not goal["holds"]}
+    assert not broken, (broken, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,13 +17,15 @@ from actors.guidance import GuidanceConfig
 from actors.hosting import InProcess
 from actors.rollout import Rollout
 from actors.worker import EnvWorker
-from deploy import ray_links
+from deploy import ray_actors, ray_links
 from deploy.ray_actors import ReplayActor
 from gsa.schema import ArraySpec, Spec, Trajectory, WeightSnapshot
 from replay_service.config import ReplayConfig
 from replay_service.service import ReplayService
 from retrieval.store import TrajectoryStore
 from tests.counting import STEPS, counting
+from tests.gym_faulty import hang_without_a_turn_for_python
+from tests.processes import alive
 from tests.trajectories import counting as counting_trajectory
 
 EPISODES = 6
@@ -242,3 +245,84 @@ def test_the_service_is_killed_amid_draws_and_deliveries(folder, ray_here):
     with TrajectoryStore.open(folder / "o") as store:
         assert store.steps == CONFIG.budget
         assert len({store.catalog.id(row) for row in store.rows()}) == len(store.rows())
+
+
+class Saver:
+    """A learner whose saves take until they are allowed, and of which the first kills it if it is told so."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def save(self, score):
+        with (self._folder / "asked").open("a") as file:
+            file.write(f"{score}\n")
+        while not (self._folder / "allowed").exists():
+            time.sleep(0.01)
+        if (self._folder / "dies").exists():
+            (self._folder / "dies").unlink()
+            os._exit(1)
+        return True
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
+def test_a_score_is_not_lost_where_a_save_is_still_under_way_or_its_learner_dies(dies, tmp_path, ray_here):
+    if dies:
+        (tmp_path / "dies").touch()
+    learner = ray.remote(Saver).options(num_cpus=0, max_restarts=-1).remote(tmp_path)
+    saves = ray_links.ScoredSaves(lambda score: learner.save.remote(score))
+
+    def asked() -> list[str]:
+        return (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
+
+    def offer_until(condition) -> None:
+        end = time.monotonic() + SOON_S
+        while not condition():
+            assert time.monotonic() < end, asked()
+            saves.offer()
+            time.sleep(0.01)
+
+    saves.offer()
+    offer_until(lambda: asked() == ["None"])
+    saves.offer(12.5)  # an evaluation has ended while the save before it is under way
+    assert asked() == ["None"]
+    (tmp_path / "allowed").touch()
+    offer_until(lambda: saves.score is None)
+    assert asked().count("12.5") == 1
+    ray.kill(learner)
+
+
+def test_a_score_whose_own_save_died_is_offered_again(tmp_path, ray_here):
+    (tmp_path / "dies").touch()
+    (tmp_path / "allowed").touch()
+    learner = ray.remote(Saver).options(num_cpus=0, max_restarts=-1).remote(tmp_path)
+    saves, end = ray_links.ScoredSaves(lambda score: learner.save.remote(score)), time.monotonic() + SOON_S
+    saves.offer(12.5)
+    while saves.score is not None and time.monotonic() < end:
+        saves.offer()
+        time.sleep(0.01)
+    assert saves.score is None
+    assert (tmp_path / "asked").read_text().split()[:2] == ["12.5", "12.5"]
+    ray.kill(learner)
+
+
+class Hung(Actor):
+    def hang(self):
+        hang_without_a_turn_for_python()
+
+
+def test_a_service_that_hangs_is_replaced_once_it_is_killed(folder, ray_here):
+    """What the driver does with a part that does not answer. No thread of Python's gets a turn in it any more."""
+    actor = ray.remote(Hung).options(num_cpus=0, max_concurrency=4, max_restarts=-1).remote(folder)
+    hung = ray.get(actor.pid.remote(), timeout=SOON_S)
+    actor.hang.remote()
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        while True:  # until it does hang
+            ray.get(actor.pid.remote(), timeout=1)
+    ray_actors.end_process(ray.get_runtime_context().get_node_id(), hung)
+    now, end = hung, time.monotonic() + 2 * SOON_S
+    while now == hung and time.monotonic() < end:
+        with contextlib.suppress(ray.exceptions.RayError):
+            now = ray.get(actor.pid.remote(), timeout=5)
+    assert now != hung
+    assert not alive(hung)
+    ray.kill(actor)

@@ -205,3 +205,25 @@ def test_says_why_it_did_not_start(tmp_path):
         EmbeddedRedis(binary=str(tmp_path / "absent"))
     with pytest.raises(UsageError, match="not an address of this machine"):
         EmbeddedRedis(host="192.0.2.1")
+
+
+def test_one_that_hangs_is_killed_and_comes_back_at_the_same_url(monkeypatch, caplog):
+    monkeypatch.setattr(redis_server, "PING_EVERY_S", 0.05)
+    monkeypatch.setattr(redis_server, "MAX_UNANSWERED", 2)
+    with EmbeddedRedis() as server:
+        hung = server.pid
+        os.kill(hung, signal.SIGSTOP)
+        assert gone_within(hung, 20)
+        client = redis.Redis.from_url(server.url, socket_timeout=1, retry=ONCE)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                assert client.ping()
+                break
+            except redis.RedisError:
+                time.sleep(0.05)
+        assert client.ping()
+        assert server.pid != hung
+        told = [record.getMessage() for record in caplog.records]
+        assert "has not answered 2 pings and is killed" in told[0]
+        assert "was started again" in told[1]

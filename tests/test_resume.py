@@ -21,6 +21,7 @@ from deploy import run as runs
 from deploy.cli import main as gsa
 from deploy.config import FinetuneConfig, config_of
 from deploy.local import run_local
+from deploy.run import STOP_S
 from gsa import config as configs
 from gsa.errors import FormatError, GsaError, Stopped
 from gsa.metrics import read_log
@@ -32,6 +33,7 @@ from tests.processes import alive, children, collected, kill_at, wait_for
 from tests.test_runs import check_counts, config, online, pool  # noqa: F401
 
 GOOD = 11.0  # of 20; random actions make 7.5
+PREEMPTED_S = 30  # from SIGTERM to the machine's end
 TIMED = ("_per_s", "_ms", "_s", "checkpoint/")  # metrics that tell of time
 
 
@@ -152,6 +154,7 @@ def test_refuses_to_become_another_run(whole, tmp_path, capfd):
 
 def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
     """What pre-emption does: the signal, half a minute at most, and the same command with --resume elsewhere."""
+    assert STOP_S < PREEMPTED_S
     file = tmp_path / "config.yaml"
     configs.save(settings(tmp_path / "run", pool, budget_frames=2_000, train_ratio=16.0), file)
     command = [sys.executable, "-m", "deploy.cli", "finetune"]
@@ -161,7 +164,7 @@ def test_sigterm_saves_and_the_command_goes_on(pool, tmp_path):  # noqa: F811
         assert run.poll() is None, run.communicate()
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=PREEMPTED_S)
     assert run.returncode == 143, said
     assert "to go on: gsa finetune --resume" in said
     frames = read_log(tmp_path / "run")[-1]["frames"]
@@ -254,11 +257,13 @@ def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path): 
         process = start(log, "--resume", str(out))
         assert wait_for(process, lambda: collected(out) >= 7 * STEPS), log.read_text()[-3000:]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()[-3000:]
+        assert process.wait(PREEMPTED_S) == 143, log.read_text()[-3000:]
         process = start(log, "--resume", str(out), "--workers", "1")
         assert process.wait(300) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
+    said = log.read_text()
+    assert "the learner: Its process ended" in said and "the learner: back after" in said
     check_counts(out)
     assert gsa(["resume-check", str(out)]) == 0
     episodes = [row["episode/steps"] for row in read_log(out) if "episode/steps" in row]
@@ -291,7 +296,7 @@ def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
         process = start(log, "--resume", str(out))
         assert wait_for(process, lambda: len(scores()) >= len(before) + 3, 300), log.read_text()[-3000:]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()[-3000:]
+        assert process.wait(PREEMPTED_S) == 143, log.read_text()[-3000:]
     finally:
         process.kill()
     last, after = np.array(before[-8:]), scores()[len(before) :][:3]
@@ -299,3 +304,45 @@ def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
     print({"before": last.round(2).tolist(), "half_width": round(half, 2), "after": np.round(after, 2).tolist()})
     assert abs(after[0] - last.mean()) <= half
     assert abs(np.mean(after) - last.mean()) <= half
+
+
+def test_a_process_that_does_not_come_to_its_end_is_ended_within_its_budget(tmp_path):
+    script = """if True:
+        import pathlib, signal, sys, time
+        from deploy.processes import Budget, stop_on
+        budget = Budget(0.5, pathlib.Path("runs/mine"))
+        with stop_on(signal.SIGTERM, begin=budget.begin) as stop:
+            print("ready", flush=True)
+            while True:  # saves, and saves
+                time.sleep(1)
+    """
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert said.decode().count("to go on: gsa finetune --resume runs/mine") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_learner_hangs_ends_within_half_a_minute_of_sigterm(pool, tmp_path):  # noqa: F811
+    """It cannot be saved then; the checkpoint before it stands, and the sentence says so."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    changes = {"method": "naive", "task": "gym/SlowCounting-v0", "checkpoint_every_frames": 20}
+    configs.save(config(out, pool, workers=2, **changes), tmp_path / "config.yaml")
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert wait_for(process, lambda: collected(out) >= 4 * STEPS), log.read_text()[-3000:]
+        (learner,) = children(process.pid, "LearnerActor")
+        os.kill(learner, signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PREEMPTED_S) == 143, log.read_text()[-3000:]
+        assert "too late to save" in log.read_text()
+        assert wait_for(None, lambda: not alive(learner)), "an orphan is left"
+        process = start(log, "--resume", str(out))
+        assert process.wait(300) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    check_counts(out)
