@@ -196,7 +196,8 @@ def _stages(path: Path) -> list[tuple[str, float]]:
 
 
 def _faults(path: Path) -> dict[str, int]:
-    sentences = [str(json.loads(line)["fault"]) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sentences = [str(row["fault"]) for row in rows if "back_after_s" not in row]
     first = {cause_of(sentence): sentence for sentence in reversed(sentences)}
     counts = Counter(map(cause_of, sentences))
     return {first[cause]: n for cause, n in counts.most_common()}

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deploy.faults import FILE, FaultLog, Warnings
 from gsa.errors import Unavailable
 from gsa.metrics import RunLog, read_log
+from reports.record import read_run
 from tests.test_resume import small_disk  # noqa: F401
 
 
@@ -111,6 +112,8 @@ def test_every_part_that_is_lost_and_back_is_told_once_on_the_console_and_in_the
         (80, "the learner", "Ray starts it again."),
     ]  # fmt: skip
     assert log.count == 2
+    (tmp_path / "config.yaml").write_text("{}")
+    assert read_run(tmp_path).faults == {"Its process ended.": 2}
 
 
 def test_what_a_part_warns_of_is_kept_for_whoever_asks(tmp_path):
