@@ -262,8 +262,7 @@ def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path): 
         assert process.wait(300) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
-    said = log.read_text()
-    assert "the learner: Its process ended" in said and "the learner: back after" in said
+    assert "the learner: Its process ended, or cannot be reached. Ray starts it again" in log.read_text()
     check_counts(out)
     assert gsa(["resume-check", str(out)]) == 0
     episodes = [row["episode/steps"] for row in read_log(out) if "episode/steps" in row]
