@@ -97,7 +97,7 @@ def start_ray(address: str | None, cpus: int, stack: ExitStack) -> None:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime, **SILENT)
         else:
             ray.init(address=address, runtime_env=runtime, **SILENT)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises bare ones, such as for a machine too busy to start it in time
         raise UsageError(_no_ray(address, error)) from error
     stack.callback(ray.shutdown)
 

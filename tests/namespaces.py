@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 NUMBERS = {"redis": 11, "head": 12, "worker-1": 13, "worker-2": 14}  # each host's in the network
 SECRETS = {"GSA_RAY_TOKEN": secrets.token_hex(32), "GSA_REDIS_PASSWORD": secrets.token_hex(16)}
-DEADLINE_S = 60
+DEADLINE_S = 180
 ROUTE = "route replace default via 10.77.9.1"  # as containers have one
 NOWHERE = "02:00:00:00:00:01"  # nobody's hardware address
 PING = "import os, redis; redis.Redis(password=os.environ['REDISCLI_AUTH']).ping() and print('PONG')"
