@@ -271,13 +271,13 @@ def test_a_distributed_run_survives_its_learner_and_its_driver(pool, tmp_path): 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
     """The driver is killed once the policy is good. The first evaluation after the resume lies in the 95 % prediction
-    interval of the eight before, and so does the mean of three."""
+    interval of the five before, and so does the mean of three."""
     out, log = tmp_path / "run", tmp_path / "log"
-    learning = {"train_ratio": 16.0, "batch": 8, "length": 16, "imagination_starts": 64, "warmup_frames": 200}
-    watched = {"eval_every_frames": 100, "eval_episodes": 3, "checkpoint_every_frames": 200, "budget_frames": 8000}
+    learning = {"train_ratio": 8.0, "batch": 8, "length": 16, "imagination_starts": 64, "warmup_frames": 200}
+    watched = {"eval_every_frames": 60, "eval_episodes": 3, "checkpoint_every_frames": 100, "budget_frames": 8000}
     configs.save(config(out, workers=2, **learning, **watched), tmp_path / "config.yaml")
 
     def scores() -> list[float]:
@@ -286,7 +286,7 @@ def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
 
     process = start(log, "--config", str(tmp_path / "config.yaml"))
     try:
-        assert wait_for(process, lambda: len(scores()) >= 12 and min(scores()[-8:]) > GOOD, 500), scores()
+        assert wait_for(process, lambda: len(scores()) >= 6 and min(scores()[-5:]) > GOOD, 700), scores()
         below = children(process.pid)
         process.kill()
         process.wait()
@@ -298,8 +298,8 @@ def test_the_score_after_a_distributed_resume_is_that_of_before(tmp_path):
         assert process.wait(PREEMPTED_S) == 143, log.read_text()[-3000:]
     finally:
         process.kill()
-    last, after = np.array(before[-8:]), scores()[len(before) :][:3]
-    half = 2.365 * last.std(ddof=1) * np.sqrt(1 + 1 / len(last))  # Student's t of seven degrees of freedom
+    last, after = np.array(before[-5:]), scores()[len(before) :][:3]
+    half = 2.776 * last.std(ddof=1) * np.sqrt(1 + 1 / len(last))  # Student's t of four degrees of freedom
     print({"before": last.round(2).tolist(), "half_width": round(half, 2), "after": np.round(after, 2).tolist()})
     assert abs(after[0] - last.mean()) <= half
     assert abs(np.mean(after) - last.mean()) <= half
