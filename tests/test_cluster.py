@@ -24,7 +24,7 @@ from tests.gym_counting import STEPS
 from tests.processes import children, collected, wait_for
 from tests.test_runs import check_counts, config, online
 
-pytestmark = [pytest.mark.skipif(not namespaces.permitted(), reason=namespaces.REASON), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(not namespaces.permitted(), reason=namespaces.REASON), pytest.mark.timeout(1800)]
 WORKERS = 2
 CUT_S = 60  # how long a node is cut off
 SHORT_S = 8  # and for how long without being given up
@@ -59,7 +59,7 @@ class Cluster:
         with self.said.open("ab") as said:
             self.driver = subprocess.Popen(command, env=self.head.environment(), stdout=said, stderr=said)
 
-    def until(self, condition: Callable[[], bool], deadline_s: float = 180.0) -> float:
+    def until(self, condition: Callable[[], bool], deadline_s: float = 400.0) -> float:
         """Waits for the condition; returns how long, in seconds."""
         began = time.monotonic()
         assert wait_for(self.driver, condition, deadline_s), self.said.read_text()[-3000:]
