@@ -9,9 +9,12 @@ sequences   Batches of 16 sequences of 64 rows, uniform over start positions, in
             reference  the loader of the method's reference: GSA_PEER_NCRL names a checkout. As its pre-training has
                        it: all episodes unpacked in memory, no worker processes
             torchrl    LazyMemmapStorage and SliceSampler with cached values, if torchrl is installed
-size        Catalogs of 10³ and 10⁶ rows over the same bytes of the same trajectories, so that what is compared is what
-            the number of rows costs: a batch from either, in turns; in a process of its own opening the large one,
-            and the anonymous memory (RssAnon) of drawing batches from it and of looking up ids.
+            ours, memcpy and the reference's loader take one thread, torchrl all cores.
+size        What the number of rows costs, and nothing else: catalogs of 10³ and 10⁶ rows, all of which point to the
+            bytes of the same 20 trajectories. A batch from either, in turns; in a process of its own opening the large
+            one, and the anonymous memory (RssAnon) of drawing batches from it and of looking up ids.
+files       What it is with the data there: 10³ and 20,000 different trajectories of 100 steps and 16×16 images, each in
+            a place of its own, 1.6 GB in dozens of shards. A batch from either, in turns.
 ingestion   Episodes as the reference writes them (npz, deflated): `ingest` into a new store, on disk when it returns,
             against np.load of every array of every file once, in one thread, in turns. Each store is removed before
             the next turn, so that the pages it is written to are such as the machine has in use. `one_job`: decoding
@@ -35,6 +38,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -49,6 +53,7 @@ from retrieval.store import TrajectoryStore
 BATCH, LENGTH, STEPS, ACTIONS = 16, 64, 250, 4
 TASKS = ("dmc/walker-walk", "metaworld/reach-v3")
 SPEC = Spec("metaworld/sawyer", {"pixels": ArraySpec((64, 64, 3), "uint8")}, ACTIONS, 2)
+TINY = Spec("toy/arm", {"pixels": ArraySpec((16, 16, 3), "uint8")}, ACTIONS)
 MEMORY_MB = 300
 Rival = Callable[[], object]
 
@@ -61,7 +66,11 @@ def main() -> int:
         root = Path(folder)
         source = Episodes(np.random.default_rng(0), 2 if options.quick else 4)
         result, goals = sequences(root, source, trajectories, rounds)
-        for part, more in (size(root, source, rows, rounds), ingestion(root, source, episodes, repeats)):
+        parts = (
+            size(root, source, rows, rounds), files(root, 2_000 if options.quick else 20_000, rounds),
+            ingestion(root, source, episodes, repeats),
+        )  # fmt: skip
+        for part, more in parts:
             result, goals = result | part, goals | more
     return harness.finish("store", result, goals, options)
 
@@ -127,10 +136,10 @@ def filled(path: Path, codec: str, pool: list[Trajectory]) -> TrajectoryStore:
     return store
 
 
-def batches(store: TrajectoryStore, seed: int = 0) -> Rival:
+def batches(store: TrajectoryStore, seed: int = 0, spec: Spec = SPEC) -> Rival:
     sampler, rng = SequenceSampler("pool", LENGTH), np.random.default_rng(seed)
     sampler.extend(store.rows(), store.catalog.length[store.rows()])
-    out = empty_batch(BATCH, LENGTH, SPEC.observation, ACTIONS)
+    out = empty_batch(BATCH, LENGTH, spec.observation, ACTIONS)
     return lambda: cut({"pool": store}, sampler.draw(BATCH, rng), LENGTH, ACTIONS, out=out)
 
 
@@ -216,6 +225,35 @@ def size(root: Path, source: Episodes, rows: int, rounds: int) -> tuple[dict[str
         "anonymous_mb": harness.at_most(most, MEMORY_MB),
     }
     return result, goals
+
+
+def files(root: Path, trajectories: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    rng, seconds = np.random.default_rng(1), {}
+    with contextlib.ExitStack() as stack:
+        stores = {n: stack.enter_context(tiny(root / f"tiny-{n}", n, rng)) for n in (1000, trajectories)}
+        seconds = harness.interleaved({str(n): batches(store, spec=TINY) for n, store in stores.items()}, rounds)
+        shards = len(list((root / f"tiny-{trajectories}" / "shards").iterdir()))
+    few, many = seconds["1000"], seconds[str(trajectories)]
+    result = {
+        "different": trajectories,
+        "shards": shards,
+        "batch_ms_by_different": {k: _ms(s) for k, s in seconds.items()},
+    }
+    slower = float(np.median(many) / np.median(few))
+    return result, {"batch_time_many_different_over_few": harness.at_most(slower, 1.2)}
+
+
+def tiny(path: Path, trajectories: int, rng: np.random.Generator) -> TrajectoryStore:
+    """A store of so many trajectories, no two alike, in shards of 32 MB."""
+    store, shape = TrajectoryStore.create(path), (101, *TINY.observation["pixels"].shape)
+    with mock.patch("retrieval.writer.SHARD_BYTES", 32 << 20):
+        for begin in range(0, trajectories, 400):
+            with store.batch():
+                for _ in range(begin, min(begin + 400, trajectories)):
+                    pixels = rng.integers(0, 256, shape, np.uint8)
+                    action, discount = np.zeros((100, ACTIONS), np.float32), np.ones(100, np.float32)
+                    store.append(Trajectory(TINY.embodiment, {"pixels": pixels}, action, discount), TINY)
+    return store
 
 
 def widened(path: Path, pool: list[Trajectory], rows: int) -> Path:

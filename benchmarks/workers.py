@@ -10,7 +10,7 @@ latency   An environment that sleeps 20 ms a step. For layouts of workers × env
 compute   An environment that computes for about 5 ms a step. The rate of as many workers as there are cores over the
           cores times one worker's; the goal is 90 %. `bare` is the environment alone, once and once a core: what the
           cores themselves give.
-run       The same latency in a whole run over Ray, Redis and the replay service, with the memory of its workers.
+run       The same latency in whole runs over Ray, Redis and the replay service, with the memory of their workers.
 
 Memory is proportional set size: pages that processes share are counted once between them.
 
@@ -34,7 +34,7 @@ import numpy as np
 
 LATENCY_S, COMPUTE_S, EPISODE = 0.02, 0.005, 500
 TASKS = {"latency": "gym/BenchLatency-v0", "compute": "gym/BenchCompute-v0"}
-LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 4), (1, 16), (2, 16), (4, 16))
+LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (64, 1), (1, 4), (1, 16), (2, 16), (4, 16))
 BUSY = 0.9  # cores busier than this are taken for saturated
 
 
@@ -95,7 +95,8 @@ def main() -> int:
     share = computing[str(cores)] / (cores * computing["1"])
     result = {
         "latency": latency, "compute": computing, "bare": alone, "cores": cores,
-        "bare_share": alone[str(cores)] / (cores * alone["1"]), "run": whole_run(options.quick),
+        "bare_share": alone[str(cores)] / (cores * alone["1"]),
+        "runs": [whole_run(*layout) for layout in (((1, 4),) if options.quick else ((2, 16), (64, 1)))],
     }  # fmt: skip
     goals = {
         "latency_of_linear": harness.at_least(min(free), 0.95),
@@ -248,10 +249,9 @@ def pss_mb(pid: int) -> float:
 # ---------------------------------------------------------------------- a whole run
 
 
-def whole_run(quick: bool) -> dict[str, float]:
+def whole_run(workers: int, envs: int) -> dict[str, float]:
     """A run over Ray that hardly learns: its rate of steps, and the memory of its workers and environments."""
-    workers, envs = (1, 4) if quick else (2, 16)
-    steps = 40 * EPISODE if quick else 4 * workers * envs * EPISODE
+    steps = max(40, 4 * workers * envs) * EPISODE
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "task": TASKS["latency"], "imports": "benchmarks.workers", "method": "scratch", "model": "tiny",

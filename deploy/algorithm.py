@@ -30,6 +30,7 @@ from gsa.metrics import RunLog, read_log
 
 ROUND_S = 1.0  # between two looks around; nothing waits for the driver
 DEADLINE_S = 60.0
+START_S, START_WORKER_S = 180.0, 10.0  # for workers to come up: those of a node import on the same cores
 STOP_S = 10.0  # for workers to hand over what they have finished; one that is cut off never does
 AVERAGED = ("_ms", "version")  # of workers' stats; the others add up
 SILENT_S = 180.0  # a process that answers nothing for so long is killed, and started anew
@@ -87,7 +88,8 @@ class GSA(Algorithm):
         self.evaluator = start_evaluator(finetune, config.architecture, config.redis_url, config.sources)
         self.env_runner_group = EnvRunnerGroup(config=config, local_env_runner=False, tune_trial_id=self.trial_id)
         workers = self.env_runner_group._worker_manager.actors()
-        wait_until_alive({f"Worker {i}": actor for i, actor in workers.items()})
+        named = {f"Worker {i}": actor for i, actor in workers.items()}
+        wait_until_alive(named, START_S + START_WORKER_S * len(named))
         wait_until_alive({"The learner": self.learner, "The evaluator": self.evaluator})
         self._evaluated = self._episodes = 0
         self._go_on_logging(config.run)

@@ -9,13 +9,12 @@ import time
 from typing import Any
 
 import ray
-from ray.rllib.env.env_runner import EnvRunner
-from ray.rllib.utils.checkpoints import Checkpointable
 
 from deploy import parts
 from deploy.provenance import require_same_sources
 from deploy.ray_actors import PRIOR
 from deploy.ray_links import RayReplayLink, where
+from deploy.rllib import Checkpointable, EnvRunner
 from gsa.broadcast import RedisSubscriber
 
 NO_MEMORY = "not enough memory"  # as torch puts it, in a RuntimeError

@@ -37,7 +37,6 @@ from gsa.errors import GsaError, Stopped, UsageError
 from learner.config import PretrainConfig
 from retrieval.files import WriterLock
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = "Stopped; what was running is saved, and the same command goes on."
 EARLY_S = 60.0  # before --max-hours, to save in; a tenth of them where that is less
 
@@ -55,18 +54,20 @@ def run(
         suite_forecast.forecast(suite, trials, left, folder, dry_run)
     if dry_run:
         return 0
+    if not left:
+        return conclude(trials, folder, False)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = WriterLock(folder, "suite")
         stack.callback(lock.release)
+        suite_tune.start(suite.resources, ray_address, stack)
         configs.save(suite, folder / SUITE)
-        stopping = stack.enter_context(Stopping(folder).listening(max_hours))
+        stopping = stack.enter_context(Stopping(folder).listening(max_hours))  # after Ray, which takes the signals
         try:
-            if left:
-                share(suite, trials, folder)
-                stopping.raises = False
-                with watching(folder, trials) as watch:
-                    suite_tune.run_trials(suite.resources, left, folder, ray_address, stopping, watch)
+            share(suite, trials, folder)
+            stopping.raises = False
+            with watching(folder, trials) as watch:
+                suite_tune.run_trials(suite.resources, left, folder, stopping, watch)
         except Stopped:
             if not stopping.out_of_time:
                 raise
@@ -201,19 +202,13 @@ class Stopping:
         timer.daemon = True
         if max_hours > 0:
             timer.start()
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.listen()
+        before = {number: signal.signal(number, self._heard) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
         finally:
             timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Takes the signals, which Ray takes when it starts."""
-        for number in SIGNALS:
-            signal.signal(number, self._heard)
 
     def _time_is_over(self) -> None:
         self.out_of_time = True

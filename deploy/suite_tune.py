@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from deploy.distributed import start_ray
 from deploy.suite_config import Resources, Trial
 from deploy.trial import STOP, write_json
+from gsa.errors import UsageError
 
 LOG = "trial.log"
 LOOK_S = 0.5  # between two looks at a trial, or at whether it is to stop
@@ -35,25 +36,30 @@ class Stop(Protocol):
     @property
     def now(self) -> bool: ...
 
-    def listen(self) -> None:
-        """Hears signals again, after Ray took them."""
+
+def start(resources: Resources, address: str | None, stack: ExitStack) -> None:
+    """Joins or starts Ray. UsageError where no node has room for a trial: Tune would wait for ever."""
+    start_ray(address, resources.cpus * resources.at_a_time, stack)
+    import ray
+
+    wanted = {"CPU": resources.cpus, "GPU": resources.gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(kind, 0) >= n for kind, n in wanted.items()) for node in nodes):
+        most = {kind: max(node.get(kind, 0) for node in nodes) for kind in wanted}
+        raise UsageError(
+            f"A trial takes {resources.cpus} CPUs and {resources.gpus:g} GPUs, and no node has them: the most are "
+            f"{most['CPU']:g} and {most['GPU']:g}. Lower resources in the suite's file, or add nodes."
+        )
 
 
 def run_trials(
-    resources: Resources,
-    trials: Sequence[Trial],
-    folder: Path,
-    address: str | None,
-    stop: Stop,
-    watch: Callable[[], None],
-) -> None:  # fmt: skip
+    resources: Resources, trials: Sequence[Trial], folder: Path, stop: Stop, watch: Callable[[], None]
+) -> None:
     """Runs the trials, in their order as far as the resources give room. Returns when all have ended, one way or
     another, or once `stop` is set and the running ones are saved. `watch` is called now and then."""
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}  # Ctrl-C and the table are ours
     at_a_time = resources.at_a_time
     with ExitStack() as stack:
-        start_ray(address, resources.cpus * at_a_time, stack)
-        stop.listen()
         from ray import tune
 
         for name in ("ray.tune", "ray.train"):

@@ -290,6 +290,13 @@ def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path, capsys):
     assert "Done: 0, failed: 0, left: 2. The time is over; the same command goes on" in said
 
 
+def test_a_trial_that_no_node_has_room_for_is_said_before_anything_is_made(tmp_path, capsys):
+    file = write(tmp_path / "small.yaml", resources={"gpus": 8}, speed={"update_s": 1, "step_s": 1})
+    assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "A trial takes 1 CPUs and 8 GPUs, and no node has them" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "pool").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_trial_may_be_distributed_and_its_pool_and_model_another_suites(whole, tmp_path):
