@@ -161,7 +161,6 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _quality(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     returns = np.array([r["return"] for r in rows])
     span = None if source.startswith("gym/") else (0, 100)
-    counts, edges = np.histogram([r["score"] for r in rows], bins=HISTOGRAM_BINS, range=span)
     successes = [r["success"] for r in rows if r["success"] is not None]
     return {
         "episodes": len(rows),
@@ -171,10 +170,17 @@ def _quality(source: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "mean": float(returns.mean()), "std": float(returns.std()),
             "min": float(returns.min()), "median": float(np.median(returns)), "max": float(returns.max()),
         },
-        "score_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "return_histogram": _histogram(returns, None),
+        "score_histogram": _histogram(np.array([r["score"] for r in rows]), span),
         "score": float(np.mean([r["score"] for r in rows])),
         "success": float(np.mean(successes)) if successes else None,
     }  # fmt: skip
+
+
+def _histogram(values: np.ndarray, span: tuple[float, float] | None) -> dict[str, list]:
+    """Of values over `span`, or over the range they reach."""
+    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=span)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def run_episode(environment: Environment, behaviour: Behaviour, source: str, seeds: tuple[int, int]) -> Trajectory:

@@ -150,6 +150,8 @@ def test_the_report_tells_what_the_files_hide(pool):
     assert (scripted["episodes"], scripted["steps"], scripted["frames"]) == (2, 200, 400)
     assert scripted["return"]["min"] > 1000 > report["sources"]["metaworld/drawer-close-v3/noise-1"]["return"]["min"]
     assert sum(scripted["score_histogram"]["counts"]) == 2
+    returns = scripted["return_histogram"]
+    assert sum(returns["counts"]) == 2 and returns["edges"][0] == scripted["return"]["min"]
 
 
 def test_a_broken_off_collection_goes_on_where_it_was(pool, tmp_path):
