@@ -21,6 +21,7 @@ body { margin: 0 auto; padding: 28px 20px 60px; max-width: 1000px; background: v
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 25px; margin: 0; } h2 { font-size: 17px; margin: 0 0 10px; }
 h3 { font-size: 14px; margin: 22px 0 6px; overflow-wrap: anywhere; }
+h3 span { font-size: 12px; font-weight: 400; display: block; }
 .sub, figcaption, th, .faint { color: var(--faint); } .sub { margin: 2px 0 16px; }
 .verdict { font-size: 17px; margin: 0 0 18px; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;

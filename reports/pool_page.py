@@ -44,7 +44,7 @@ def pool_page(report: Mapping[str, Any]) -> str:
         (
             "<h1>Collected pool</h1>", note, fact_line(facts),
             section("Episodes that failed", f"<ul>{failed}</ul>" if failed else "", "notes"),
-            section("All episodes by score", _over_all(sources)),
+            section("All episodes by score, 0 … 100", _over_all(sources)),
             *(section(task, _task_table(rows)) for task, rows in tasks.items()),
         ),
     )  # fmt: skip

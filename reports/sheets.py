@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 THUMB_INCHES = 1.3
 CAPTION_INCHES = 0.55
+TITLE_INCHES = 0.092  # of a letter, about
 
 
 def contact_sheet(
@@ -69,13 +70,20 @@ def _bars(values: np.ndarray) -> np.ndarray:
     return image
 
 
-def frame_strip(path: str | Path, rows: Mapping[str, np.ndarray], title: str = "", columns: int = 12) -> Path:
-    """Draws films {label: [N, H, W, 3] uint8} as rows of at most `columns` evenly spaced frames; returns `path`."""
+def frame_strip(
+    path: str | Path, rows: Mapping[str, np.ndarray], title: str = "", columns: int = 12,
+    notes: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """Draws films {label: [N, H, W, 3] uint8} as rows of at most `columns` evenly spaced frames, below each its `notes`
+    {label: a line}; returns `path`."""
     grid = []
     for label, film in rows.items():
         picks = np.unique(np.linspace(0, len(film) - 1, min(columns, len(film))).round().astype(int))
-        grid.append((label, [(film[i], f"{i}") for i in picks]))
-    return _save(path, _grid(grid, max(len(cells) for _, cells in grid), title, caption_inches=0.2))
+        captions = [f"{i}" for i in picks]
+        captions[0] += f"\n{notes[label]}" if notes else ""
+        grid.append((label, [(film[i], caption) for i, caption in zip(picks, captions, strict=True)]))
+    captions_inches = 0.32 if notes else 0.2
+    return _save(path, _grid(grid, max(len(cells) for _, cells in grid), title, captions_inches))
 
 
 def _ends(taken: int, columns: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -120,11 +128,15 @@ def _grid(
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    width, height = columns * THUMB_INCHES + 0.9, len(rows) * (THUMB_INCHES + caption_inches) + 0.45
+    width = columns * THUMB_INCHES + 0.9
+    lines = textwrap.wrap(title, max(1, int((width - 0.2) / TITLE_INCHES)))
+    head = 0.27 + 0.18 * max(1, len(lines))
+    height = len(rows) * (THUMB_INCHES + caption_inches) + head
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
-    figure.text(0.1 / width, 1 - 0.28 / height, title, fontsize=10, fontweight="bold", color="#1f2328")
+    style: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": "#1f2328", "va": "top"}
+    figure.text(0.1 / width, 1 - 0.14 / height, "\n".join(lines), **style)
     for i, (name, cells) in enumerate(rows):
-        top = height - 0.45 - i * (THUMB_INCHES + caption_inches)
+        top = height - head - i * (THUMB_INCHES + caption_inches)
         figure.text(0.1 / width, (top - THUMB_INCHES / 2) / height, name, fontsize=9, va="center", color="#57606a")
         for j, (frame, caption) in enumerate(cells):
             left = 0.85 + j * THUMB_INCHES

@@ -49,7 +49,9 @@ def write_store_page(path: str | Path, store: TrajectoryStore, rows: Sequence[in
     if wrong := [row for row in rows if not 0 <= row < len(store)]:
         raise UsageError(f"The store {store.path} has rows 0 to {len(store) - 1}, not {wrong[0]}.")
     if path.suffix == ".png":
-        return frame_strip(path, _films(store, rows), title=f"{store.path}", columns=FRAMES)
+        films = _films(store, rows)
+        notes = {label: store.catalog.source(int(label.split()[0])) or "no source" for label in films}
+        return frame_strip(path, films, f"{store.path}", FRAMES, notes)
     if path.suffix != ".html":
         raise UsageError(f"What is shown is written as .html or .png, not as {path.name}.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,8 @@ def _trajectory(store: TrajectoryStore, row: int) -> str:
     vectors = [name for name in observation if name not in shown] + ([] if shown else ["action"])
     shown |= {name: _lines(name, columns[name]) for name in vectors}
     pictures = "".join(picture(each, name) for name, each in shown.items())
-    return f"<h3>{text(_caption(store, row, columns))}</h3>{pictures}"
+    id = f'<span class="faint">{text(store.catalog.id(row))}</span>'
+    return f"<h3>{text(_caption(store, row, columns))} {id}</h3>{pictures}"
 
 
 def _caption(store: TrajectoryStore, row: int, columns: Mapping[str, np.ndarray]) -> str:
@@ -133,7 +136,7 @@ def _caption(store: TrajectoryStore, row: int, columns: Mapping[str, np.ndarray]
         parts += [f"{n / steps:.0%} {who.get(c, c)}" for c, n in enumerate(counts.tolist()) if n]
     if columns["discount"][-1] == 0:
         parts.append("ends")
-    return " · ".join([*parts, store.catalog.id(row)])
+    return " · ".join(parts)
 
 
 def _films(store: TrajectoryStore, rows: Sequence[int]) -> dict[str, np.ndarray]:

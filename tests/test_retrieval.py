@@ -382,8 +382,10 @@ def test_observations_of_several_parts_reach_the_encoder_whole(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_ties_and_near_ties_are_settled_by_the_lower_row(seed: int) -> None:
-    """Many features equal, others apart by less than float32 tells: as by float64 and a stable sort."""
+def test_ties_and_near_ties_are_settled_by_the_lower_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many features equal, others apart by less than float32 tells: as by float64 and a stable sort, whoever of
+    several threads computes what."""
+    monkeypatch.setattr("retrieval.nearest.PART_BYTES", 4096)
     rng = np.random.default_rng(seed)
     n, dim = int(rng.integers(1, 400)), int(rng.integers(1, 70))
     centres = rng.normal(size=(5, dim)).astype(np.float32) * 100

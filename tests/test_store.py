@@ -19,6 +19,7 @@ import pytest
 from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.schema import ArraySpec, Controller, Spec, Trajectory
 from retrieval import writer
+from retrieval.files import WholeFile
 from retrieval.layout import CODECS
 from retrieval.store import TrajectoryStore
 from tests.trajectories import counting, counting_spec
@@ -323,6 +324,38 @@ def test_full_shards_are_finished_and_readers_follow(tmp_path: Path, monkeypatch
             assert_same(reader.read(row), trajectory)
         assert len(list((tmp_path / "s" / "shards").iterdir())) > 3
         assert store.verify() == []
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_blocks_of_a_shard_begin_at_multiples_of_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """What huge pages need; and nothing is lost where blocks, trajectories and commits end in different places."""
+    monkeypatch.setattr("retrieval.files.BLOCK_BYTES", 4096)
+    written: list[tuple[int, int]] = []  # of each shard's writes: the first byte, and how many
+
+    def put(file: WholeFile, view: memoryview) -> None:
+        written.append((os.lseek(file.fileno(), 0, os.SEEK_CUR), len(view)))
+        plain_put(file, view)
+
+    plain_put = WholeFile._put
+    monkeypatch.setattr(WholeFile, "_put", put)
+    spec = counting_spec()
+    stored = [rich(i, n, spec) for i, n in enumerate([1, 90, 300, 2, 40, 7])]
+    with TrajectoryStore.create(tmp_path / "s", codec) as store:
+        written.clear()
+        for part in (stored[:3], stored[3:]):
+            with store.batch():
+                for trajectory in part:
+                    store.append(trajectory, spec)
+            for trajectory in part:
+                assert_same(store.read(store.find(trajectory.id)), trajectory)
+        assert store.verify() == []
+        shard_writes = list(written)
+    assert any(size == 4096 for _, size in shard_writes)
+    assert all(start // 4096 == (start + size - 1) // 4096 for start, size in shard_writes if size)
+    with pa.OSFile(str(next((tmp_path / "s" / "shards").iterdir()))) as file:
+        assert pa.ipc.open_file(file).read_all().num_rows == sum(len(t) + 1 for t in stored)
 
 
 def test_few_maps_serve_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

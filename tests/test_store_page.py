@@ -55,7 +55,8 @@ def store(tmp_path: Path) -> TrajectoryStore:
 
 def test_a_page_shows_each_trajectory_from_start_to_end(store: TrajectoryStore, tmp_path: Path) -> None:
     page = write_store_page(tmp_path / "page.html", store, [1, 7]).read_text()
-    assert "row 1 · &lt;b&gt;1&lt;/b&gt; · 40 steps · return 40.0 · 25% prior · 75% policy · lab/arms-1" in page
+    assert "row 1 · &lt;b&gt;1&lt;/b&gt; · 40 steps · return 40.0 · 25% prior · 75% policy" in page
+    assert "lab/arms-1</span>" in page
     assert "row 7" in page
     assert "row 2 ·" not in page
     assert "image 48×64×3 uint8" in page
