@@ -50,8 +50,7 @@ def run(
     check(suite, trials, folder)
     left = [trial for trial in trials if not result_path(folder, trial).exists()]
     console.print(f"{suite.name}: trials: {len(trials)}, done: {len(trials) - len(left)}.")
-    if left:
-        suite_forecast.forecast(suite, trials, left, folder, dry_run)
+    hours = suite_forecast.forecast(suite, trials, left, folder, dry_run) if left else {}
     if dry_run:
         return 0
     if not left:
@@ -66,7 +65,7 @@ def run(
         try:
             share(suite, trials, folder)
             stopping.raises = False
-            with watching(folder, trials) as watch:
+            with watching(folder, trials, hours) as watch:
                 suite_tune.run_trials(suite.resources, left, folder, stopping, watch)
         except Stopped:
             if not stopping.out_of_time:

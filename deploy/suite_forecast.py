@@ -94,8 +94,8 @@ class Hours:
 
 def forecast(
     suite: SuiteConfig, trials: Sequence[Trial], left: Sequence[Trial], folder: Path, dry_run: bool = False
-) -> float:
-    """Says what is ahead, and returns its hours. UsageError if the disk has no room."""
+) -> dict[str, float]:
+    """Says what is ahead, and returns the hours of each trial. UsageError if the disk has no room."""
     at_a_time = suite.resources.at_a_time
     hours = Hours(suite, trials, folder)
     each = {trial.name: hours.of(trial) for trial in left}
@@ -105,15 +105,15 @@ def forecast(
         table.add_column(column, justify="left" if column == "method" else "right")
     for label in dict.fromkeys(f"{t.method} {t.variant}".strip() for t in left):
         those = [each[t.name] for t in left if f"{t.method} {t.variant}".strip() == label]
-        table.add_row(label, str(len(those)), _long(float(np.mean(those))), _long(sum(those)))
+        table.add_row(label, str(len(those)), in_words(float(np.mean(those))), in_words(sum(those)))
     console.print(table)
     console.print(
-        f"About {_long(total)} of trials, {_long(total / at_a_time)} with {at_a_time} at a time; what they share comes "
-        "on top: the pool, the world model, a prior actor for each task.",
+        f"About {in_words(total)} of trials, {in_words(total / at_a_time)} with {at_a_time} at a time; what they share "
+        "comes on top: the pool, the world model, a prior actor for each task.",
         soft_wrap=True,
     )
     _room(suite, left, folder, dry_run)
-    return total / at_a_time
+    return each
 
 
 def time_update(config: FinetuneConfig) -> float:
@@ -221,5 +221,5 @@ def _of_run(trial: Trial) -> Forecast:
     return run_forecast(config, model, config.model, spec, task.episode_steps)
 
 
-def _long(hours: float) -> str:
+def in_words(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ from rich.table import Table
 
 from deploy.progress import LINE_EVERY_S, console
 from deploy.suite_config import SuiteConfig, Trial
+from deploy.suite_forecast import in_words
 from deploy.trial import SUITE
 from gsa import config as configs
 from gsa.errors import UsageError
 from retrieval.files import is_locked
 
 State = Literal["done", "running", "failed", "begun", "waiting"]
+TOLD_FROM = 0.02  # of the hours ahead, done: before, nothing tells how long the rest takes
 LOOK_S = 2.0  # between two looks at the folder
 TAIL_BYTES = 16_384  # of a log: its last rows
 
@@ -118,14 +120,35 @@ def scores(now: Sequence[Standing]) -> Table:
     return table
 
 
+class TimeLeft:
+    """How long a suite will still run: by the forecast, held to how that has fared so far."""
+
+    def __init__(self, hours: Mapping[str, float], now: Sequence[Standing]) -> None:
+        self._hours = hours
+        self._started, self._first = time.monotonic(), self._ahead(now)
+
+    def __call__(self, now: Sequence[Standing]) -> str:
+        """In words; empty while too little is done to tell."""
+        ahead = self._ahead(now)
+        done = self._first - ahead
+        if not ahead or done < TOLD_FROM * self._first:
+            return ""
+        return f"About {in_words((time.monotonic() - self._started) / 3600 * ahead / done)} left."
+
+    def _ahead(self, now: Sequence[Standing]) -> float:
+        """Hours of trials, one after the other."""
+        return sum(self._hours.get(e.trial.name, 0.0) * (1 - e.share) for e in now if e.state != "failed")
+
+
 @contextmanager
-def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], None]]:
+def watching(folder: Path, trials: Sequence[Trial], hours: Mapping[str, float]) -> Iterator[Callable[[], None]]:
     """Yields what to call now and then: a live table on a terminal; elsewhere a line now and then, and one for each
     trial that ends."""
-    if not console.is_terminal:
-        yield _Lines(Standings(folder, trials))
-        return
     standings = Standings(folder, trials)
+    left = TimeLeft(hours, standings())
+    if not console.is_terminal:
+        yield _Lines(standings, left)
+        return
     with Live(console=console, auto_refresh=False) as live:
         next_look = 0.0
 
@@ -133,7 +156,7 @@ def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], Non
             nonlocal next_look
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_S
-                live.update(_view(standings()), refresh=True)
+                live.update(_view(standings(), left), refresh=True)
 
         yield look
         next_look = 0.0
@@ -143,8 +166,8 @@ def watching(folder: Path, trials: Sequence[Trial]) -> Iterator[Callable[[], Non
 class _Lines:
     """For logs."""
 
-    def __init__(self, standings: Standings) -> None:
-        self.standings = standings
+    def __init__(self, standings: Standings, left: TimeLeft) -> None:
+        self.standings, self.left = standings, left
         self.look, self.line = 0.0, 0.0
         self.ended = {each.trial.name for each in standings() if each.state == "done"}
 
@@ -160,15 +183,16 @@ class _Lines:
         if time.monotonic() >= self.line:
             self.line = time.monotonic() + LINE_EVERY_S
             running = "; ".join(f"{e.trial.name}: {_how_far(e)}" for e in now if e.state == "running")
-            console.print(f"{summary(now)} {running}".strip(), soft_wrap=True, markup=False)
+            told = filter(None, (summary(now), self.left(now), running))
+            console.print(" ".join(told), soft_wrap=True, markup=False)
 
 
-def _view(now: Sequence[Standing]) -> Group:
+def _view(now: Sequence[Standing], left: TimeLeft) -> Group:
     running = Table(show_header=False, box=None)
     for each in now:
         if each.state == "running":
             running.add_row(each.trial.name, _how_far(each))
-    return Group(scores(now), summary(now), running)
+    return Group(scores(now), f"{summary(now)} {left(now)}", running)
 
 
 def _how_far(each: Standing) -> str:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from deploy import suite as suites
+from deploy import suite_progress
 from deploy.cli import main as gsa
 from deploy.suite_config import Speed, SuiteConfig
 from deploy.trial import SUITE, run_trial
@@ -310,3 +311,18 @@ def test_a_trial_may_be_distributed_and_its_pool_and_model_another_suites(whole,
     ended = subprocess.run(command, env=ENVIRONMENT, check=False, timeout=500)
     assert ended.returncode == 0
     assert results(tmp_path / "out")["gym-SlowCounting-v0--gsa--seed0"]["frames"] == 120
+
+
+def test_the_time_left_is_held_to_how_the_forecast_has_fared(whole, monkeypatch):
+    """Four trials of an hour each as foretold; each took two: half of them done after four hours leaves four."""
+    trials = configs.load(SuiteConfig, whole / SUITE).trials(whole)
+    hours, clock = {trial.name: 1.0 for trial in trials}, [0.0]
+    monkeypatch.setattr(suite_progress.time, "monotonic", lambda: clock[0])
+    states = [suite_progress.Standing(trial, "waiting") for trial in trials]
+    left = suite_progress.TimeLeft(hours, states)
+    assert left(states) == ""
+    clock[0] = 4 * 3600
+    states[:2] = [replace(each, state="done") for each in states[:2]]
+    assert left(states) == "About 4.0 hours left."
+    half = replace(states[2], state="running", frames=60)
+    assert left([*states[:2], half, states[3]]) == "About 2.4 hours left."
