@@ -153,6 +153,10 @@ def kill(name: str, every: bool = False, by: signal.Signals = signal.SIGKILL) ->
     return inject
 
 
+def stop_an_environment(drill: Drill) -> None:
+    os.kill(min(drill.steps_since(time.monotonic() - 2)), signal.SIGSTOP)  # one that a worker steps
+
+
 def damage_and_kill_learner(drill: Drill) -> None:
     newest = max((drill.out / "checkpoints").glob("checkpoint-*"))
     os.truncate(newest / "tensors.safetensors", 1000)
@@ -201,7 +205,7 @@ FAULTS: dict[
     "replay service killed": (kill("ReplayActor"), BACK),
     "learner killed": (kill("LearnerActor"), BACK),
     "Redis killed": (kill(Path(find_binary()).name), REDIS),
-    "environment hangs": (kill("actors.env_process", by=signal.SIGSTOP), "no answer within"),
+    "environment hangs": (stop_an_environment, "no answer within"),
     "worker without memory": (no_more_memory, BACK),
     "newest checkpoint damaged, learner killed": (damage_and_kill_learner, "is damaged"),
     "clock set back 30 days": (lambda drill: drill.clock.touch(), ""),
