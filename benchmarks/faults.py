@@ -5,7 +5,7 @@ is well a fault is injected. Measured from the injection: the next step of any e
 again; the next update after which the learner's count rises, as the log tells once a second. After the driver's end,
 and after SIGTERM, these include the start of Ray under --resume. What the run printed about the fault is kept beside.
 The clock is set back by 30 days in every Python process of the run. Under memory pressure a worker gets no more memory,
-by its resource limit. Where mounting is permitted the run lies on a small disk, which is filled up: the run ends with
+by its resource limit, and asks for some in its next step. Where mounting is permitted the run lies on a small disk, which is filled up: the run ends with
 a sentence, and goes on once there is room. In the end: every step of the budget, once and in order, one row of the log
 for each episode.
 
@@ -68,7 +68,7 @@ class Drill:
             task="gym/Stamped-v0", imports=("tests.gym_counting",), method="scratch", out=self.out, model="tiny",
             budget_frames=budget, warmup_frames=200, batch=4, length=8, train_ratio=4.0, workers=WORKERS,
             env_timeout_s=ENV_TIMEOUT_S, imagination_starts=16, eval_every_frames=10**6, final_episodes=1,
-            redis_url=None, checkpoint_every_frames=200, checkpoint_every_s=60.0,
+            redis_url=None, guide="tests.guides:greedy", checkpoint_every_frames=200, checkpoint_every_s=60.0,
         )  # fmt: skip
         configs.save(settings, folder / "config.yaml")
         self.process = self._start("--config", str(folder / "config.yaml"))

@@ -92,6 +92,13 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         try:
             self.worker.run(self._stopped.is_set)
         except BaseException as error:
-            if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+            if _wants_memory(error):
                 os._exit(1)  # RLlib starts a new one, with the memory that this one gives back
             self._error = error
+
+
+def _wants_memory(error: BaseException | None) -> bool:
+    """Whether memory was refused, here or in what made this error."""
+    while error is not None and not isinstance(error, MemoryError) and NO_MEMORY not in str(error):
+        error = error.__cause__
+    return error is not None
