@@ -5,9 +5,9 @@ is well a fault is injected. Measured from the injection: the next step of any e
 again; the next update after which the learner's count rises, as the log tells once a second. After the driver's end,
 and after SIGTERM, these include the start of Ray under --resume. What the run printed about the fault is kept beside.
 The clock is set back by 30 days in every Python process of the run. Under memory pressure a worker gets no more memory,
-by its resource limit, and asks for some in its next step. Where mounting is permitted the run lies on a small disk, which is filled up: the run ends with
-a sentence, and goes on once there is room. In the end: every step of the budget, once and in order, one row of the log
-for each episode.
+by its resource limit, and asks for some in its next step. Where mounting is permitted the run lies on a small disk,
+which is filled up: the run ends with a sentence, and goes on once there is room. In the end: every step of the budget,
+once and in order, one row of the log for each episode.
 
 Beside it the pause that a checkpoint costs the training: updates of a learner's loop, a checkpoint taken between two
 of them and written by the thread beside them, for two sizes.

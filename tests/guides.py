@@ -36,4 +36,8 @@ def deadly(task):
 
 def greedy(task):
     """Leaves every step to the others, but asks for 64 MB of memory in each."""
-    return lambda observation, step, scheduled: None if len(np.empty(1 << 26, np.uint8)) else None
+
+    def guide(observation, step, scheduled):
+        np.empty(1 << 26, np.uint8)
+
+    return guide
