@@ -1,15 +1,20 @@
 """One full update (world model, reward head, actor, critic) against the reference's and r2dreamer's, on the CPU.
 
 Each rival runs in a process of its own, with the same number of threads, on one random batch of 64×64 images; they
-take turns, an update each, so that the machine's moods fall on all. All compute in float32. The reference runs at the
-same architecture (`tiny`, `reference-small`: its gate layout, its actions padded to 21, imagination from every state of
-the batch). r2dreamer has an architecture of its own, brought to the same number of trainable weights; it learns its
-actor by REINFORCE, so that nothing flows back through its imagination. The last row is ours in bfloat16, where the
-processor has units for it: for information, no goal.
+take turns, an update each, so that the machine's moods fall on all. All compute in float32; `ours-plain` does without
+the kernels in C. The reference runs at the same architecture (its gate layout, its actions
+padded to 21, imagination from every state of the batch). r2dreamer has an architecture of its own, brought to the same
+number of trainable weights; it learns its actor by REINFORCE, so that nothing flows back through its imagination. The
+last row is ours in bfloat16, where the processor has units for it: for information, no goal; the reference has half
+precision on CUDA alone.
 
 Speeds are by the wall clock; the seconds of CPU beside them, with the ratio of those, are what a busy machine disturbs
 least. Memory is the peak of the whole process. Where the time goes is measured part by part, forward and backward,
-against the floor that its matrix products and convolutions have at the best rate of a matrix product in this run.
+against the floor that its matrix products and convolutions have at the best rate of a matrix product in this run. The
+reference's time over the sum of these floors is the most that a rewrite which computes the same could gain.
+
+Where there is a GPU, ours with CUDA graphs and without races the reference there too, with peak memory of the GPU;
+without one that is skipped, aloud.
 
 `--paper-step 1` takes one optimiser step of pre-training at the paper's size instead, and tells its peak memory.
 
@@ -21,6 +26,7 @@ Checkouts: GSA_PEER_NCRL, GSA_PEER_R2DREAMER. One that is missing is left out, a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import resource
 import sys
@@ -34,6 +40,7 @@ from benchmarks import harness
 from benchmarks.rivals import Case, parts, r2dreamer, reference
 from benchmarks.rivals.worker import Rival
 from gsa.agent.precision import fast_bfloat16
+from learner.graphs import WARM_UP
 
 SPEED, R2_SPEED = 2.0, 1.2  # times the rivals' frames per second
 
@@ -43,36 +50,47 @@ def main() -> int:
     torch.set_num_threads(int(options.threads))
     if options.paper_step:
         return harness.finish("learner-paper-step", paper_step(options), {}, options)
-    if not torch.cuda.is_available():
-        print("No GPU: the update on CUDA (CUDA graphs, bfloat16) is not measured.", file=sys.stderr)
     result: dict[str, Any] = {"threads": int(options.threads), "gemm_gflops_per_s": round(parts.gemm_rate(), 1)}
     goals: dict[str, dict[str, Any]] = {}
     for size, batch, length, rounds in sizes(options.quick):
         case = Case(size, batch, length)
         result[size] = {"batch": batch, "length": length, **race(case, int(options.rounds) or rounds, options)}
         result[size]["parts"] = breakdown(case, 1 if options.quick else 3, result["gemm_gflops_per_s"])
+        floor = sum(row["floor_s"] for row in result[size]["parts"].values())
+        result[size]["floor_s"] = round(floor, 4)
+        if "reference" in result[size]:
+            result[size]["reference_over_floor"] = round(result[size]["reference"]["seconds"] / floor, 2)
         goals |= judge(size, result[size])
+    if torch.cuda.is_available():
+        result["cuda"] = on_cuda(options)
+    else:
+        print("No GPU: the update on CUDA (CUDA graphs, bfloat16) is not measured.", file=sys.stderr)
     return harness.finish("learner", result, goals, options)
 
 
 def sizes(quick: bool) -> list[tuple[str, int, int, int]]:
     """(size, batch, length, rounds)."""
-    return [("tiny", 4, 16, 1)] if quick else [("tiny", 16, 64, 7), ("reference-small", 8, 32, 5)]
+    return [("tiny", 4, 16, 1)] if quick else [("tiny", 16, 64, 7), ("small", 16, 64, 3), ("reference-small", 8, 32, 5)]
 
 
 def race(case: Case, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
     """Every rival's seconds, frames a second and memory."""
     ours = Rival("benchmarks.rivals.ours", case, int(options.threads))
     rivals = {"ours": ours, **_peers(case, ours.built["parameters"], int(options.threads))}
-    if fast_bfloat16(torch.device("cpu")):
-        rough = Case(case.size, case.batch, case.length, "bfloat16")
-        rivals["ours-bfloat16"] = Rival("benchmarks.rivals.ours", rough, int(options.threads))
+    others = {"ours-plain": dataclasses.replace(case, compile="off")}
+    if fast_bfloat16(torch.device(case.device)):
+        others["ours-bfloat16"] = dataclasses.replace(case, precision="bfloat16")
+    for name, other in others.items():
+        rivals[name] = Rival("benchmarks.rivals.ours", other, int(options.threads))
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
 
     def turn(name: str) -> None:
         answers[name].append(rivals[name].update())
 
     try:
+        for _ in range(WARM_UP + 2 if case.device == "cuda" else 0):
+            for name in rivals:
+                rivals[name].update()
         harness.interleaved({name: lambda name=name: turn(name) for name in rivals}, rounds)
     finally:
         for rival in rivals.values():
@@ -80,13 +98,21 @@ def race(case: Case, rounds: int, options: argparse.Namespace) -> dict[str, Any]
     return {name: _row(case, rivals[name], answers[name][1:], answers["ours"][1:]) for name in rivals}
 
 
+def on_cuda(options: argparse.Namespace) -> dict[str, Any]:
+    """The race on a GPU: "ours" replays CUDA graphs, "ours-plain" does not."""
+    case = Case("tiny" if options.quick else "reference-small", 16, 64, device="cuda")
+    return {"device": torch.cuda.get_device_name(), **race(case, 2 if options.quick else 20, options)}
+
+
 def _peers(case: Case, parameters: int, threads: int) -> dict[str, Rival]:
     found = {}
     for name, module in (("reference", reference), ("r2dreamer", r2dreamer)):
         if not os.environ.get(module.VARIABLE):
             print(f"{name} is left out: {module.VARIABLE} names no checkout.", file=sys.stderr)
-        elif name == "reference" or case.size != "tiny":  # r2dreamer does not come as small as tiny
-            same = Case(case.size, case.batch, case.length, parameters=parameters)
+        elif name == "reference" or (
+            case.size == "reference-small" and case.device == "cpu"
+        ):  # r2dreamer is not smaller
+            same = dataclasses.replace(case, parameters=parameters)
             found[name] = Rival(module.__name__, same, threads)
     return found
 

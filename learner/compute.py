@@ -35,8 +35,13 @@ def set_up(config: ComputeConfig) -> torch.device:
 
 def generator_for(device: torch.device, seed: int, update: int) -> torch.Generator:
     """Random numbers that depend on the seed and the update alone, so that a count is all a resume needs."""
+    return seed_for(torch.Generator(device), seed, update)
+
+
+def seed_for(generator: torch.Generator, seed: int, update: int) -> torch.Generator:
+    """The same, out of a generator that there is already."""
     mixed = np.random.SeedSequence([seed, update]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
+    return generator.manual_seed(int(mixed))
 
 
 def to_floats(part: str, metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gsa.agent import storage
 from gsa.agent.agent import Agent
 from gsa.agent.behaviour import imagination_starts
+from gsa.agent.rssm import State
 from gsa.agent.world_model import TensorBatch
 from gsa.schema import Batch
-from learner.compute import generator_for, set_up, to_floats
+from learner.compute import seed_for, set_up, to_floats
 from learner.config import LearnerConfig
+from learner.graphs import Graphs, Part, Result
 from learner.optimiser import Optimiser
 
 
@@ -30,6 +34,8 @@ class FineTuner:
         model.config = dataclasses.replace(model.config, precision=config.compute.precision)
         self.updates = 0
         self._snapshot: dict[str, np.ndarray] | None = None
+        self._generator = torch.Generator(self.device)
+        self._graphs = Graphs(self.device, config.compute.compile)
         self._optimisers = {
             name: Optimiser(name, getattr(agent, name).named_parameters(), getattr(config, name))
             for name in ("world_model", "reward", "actor", "critic")
@@ -41,25 +47,33 @@ class FineTuner:
         The world model learns from every valid row, the reward head only where `reward_mask` is set, actor and
         critic in imagination from the states inferred. Deterministic on the CPU, given weights, seed and count.
         """
-        agent, optimisers = self.agent, self._optimisers
-        data = TensorBatch.from_batch(batch, self.device)
-        generator = generator_for(self.device, self.seed, self.updates)
+        agent, metrics = self.agent, dict[str, float]()
+        data, generator = self._graphs.load(batch), seed_for(self._generator, self.seed, self.updates)
 
-        loss, states, watched = agent.world_model.loss(data, generator)
-        metrics = to_floats("world_model", watched) | optimisers["world_model"].step(loss)
+        def step(name: str, part: Part) -> Any:
+            optimiser = self._optimisers[name]
+            loss, left, watched = self._graphs.run(name, part, optimiser, generator)
+            metrics.update(to_floats(name, watched) | optimiser.apply(loss))
+            return left
+
+        states = step("world_model", lambda: self._world_model_loss(data, generator))
         if batch.reward_mask.any():  # without a target Adam's momentum alone would still move the head
-            loss, watched = agent.reward_loss(states.state, data)
-            metrics |= to_floats("reward", watched) | optimisers["reward"].step(loss)
-        start, weight = imagination_starts(states.state, data, agent.config.imagination_starts, generator)
-        loss, imagined, watched = agent.actor_loss(start, weight, generator)
-        metrics |= to_floats("actor", watched) | optimisers["actor"].step(loss)
-        loss, watched = agent.critic_loss(imagined)
-        metrics |= to_floats("critic", watched) | optimisers["critic"].step(loss)
+            step("reward", lambda: _leaving_nothing(agent.reward_loss(states, data)))
+        imagined = step("actor", lambda: self._actor_loss(states, data, generator))
+        step("critic", lambda: _leaving_nothing(agent.critic_loss(imagined)))
         agent.update_slow_critic()
 
         self.updates += 1
-        metrics["skipped_steps"] = float(sum(o.skips for o in optimisers.values()))
+        metrics["skipped_steps"] = float(sum(o.skips for o in self._optimisers.values()))
         return metrics
+
+    def _world_model_loss(self, data: TensorBatch, generator: torch.Generator) -> Result:
+        loss, states, watched = self.agent.world_model.loss(data, generator)
+        return loss, states.state.detach(), watched
+
+    def _actor_loss(self, states: State, data: TensorBatch, generator: torch.Generator) -> Result:
+        start, weight = imagination_starts(states, data, self.agent.config.imagination_starts, generator)
+        return self.agent.actor_loss(start, weight, generator)
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Copies of the weights that acting needs, by name: what is published. Good until the next call."""
@@ -81,3 +95,8 @@ class FineTuner:
         for name, optimiser in self._optimisers.items():
             optimiser.restore(state["optimisers"][name])
         self.updates, self.seed = int(state["updates"]), int(state["seed"])
+
+
+def _leaving_nothing(result: tuple[Tensor, dict[str, Tensor]]) -> Result:
+    loss, watched = result
+    return loss, None, watched

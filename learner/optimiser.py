@@ -38,13 +38,23 @@ class Optimiser:
             self._adam.state[parameter] = _fresh_moments(parameter)
 
     def step(self, loss: Tensor) -> dict[str, float]:
-        """Descends `loss` (a scalar) by one step; returns {name}_loss and {name}_grad_norm (before the clip).
+        """Descends `loss` (a scalar) by one step: `backward` and `apply`."""
+        self.backward(loss)
+        return self.apply(loss)
 
-        Raises GsaError after `max_skips` broken gradients in a row.
-        """
-        weights = list(self.parameters.values())
+    def backward(self, loss: Tensor) -> None:
+        """Leaves the loss's gradients in these weights."""
         # backward(inputs=…) and not autograd.grad: it lays a gradient out like its weight, as the fused pass expects.
-        torch.autograd.backward(loss, inputs=weights)
+        torch.autograd.backward(loss, inputs=list(self.parameters.values()))
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def apply(self, loss: Tensor) -> dict[str, float]:
+        """One step by the gradients that are there, which are then gone; returns {name}_loss and {name}_grad_norm
+        (before the clip). Raises GsaError after `max_skips` broken gradients in a row."""
+        weights = list(self.parameters.values())
         gradients, value = [p.grad for p in weights if p.grad is not None], loss.detach().float()
         if self._add_up is not None:
             self._add_up([*gradients, value])
@@ -57,7 +67,7 @@ class Optimiser:
             self.steps, self._skips_in_a_row = self.steps + 1, 0
         else:
             self._skip(metrics)
-        self._adam.zero_grad(set_to_none=True)
+        self.clear()
         return metrics
 
     def _skip(self, metrics: Mapping[str, float]) -> None:

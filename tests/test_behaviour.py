@@ -124,9 +124,9 @@ def test_the_entropy_bonus_is_the_actors_alone():
 
 
 def test_lambda_returns_at_the_ends_of_lambda():
-    reward, value = (torch.randn(5, 3, generator=generator(i), dtype=torch.float64) for i in (0, 1))
+    reward, value = (torch.randn(4, 3, generator=generator(i), dtype=torch.float64) for i in (0, 1))
     discount = torch.full_like(reward, 0.9)
-    one_step = reward[:-1] + 0.9 * value[1:]
+    one_step = reward + 0.9 * value
     torch.testing.assert_close(lambda_returns(reward, value, discount, 0.0), one_step)
     whole = sum(0.9**t * reward[t] for t in range(4)) + 0.9**4 * value[-1]
     torch.testing.assert_close(lambda_returns(reward, value, discount, 1.0)[0], whole)
@@ -136,7 +136,7 @@ def test_lambda_returns_at_the_ends_of_lambda():
 
 
 def test_the_first_state_has_the_start_weight_and_each_next_one_the_discount_more():
-    weights = step_weights(torch.tensor([1.0, 0.0]), torch.full((4, 2), 0.5))
+    weights = step_weights(torch.tensor([1.0, 0.0]), torch.full((3, 2), 0.5))
     assert weights.tolist() == [[1, 0], [0.5, 0], [0.25, 0]]
 
 

@@ -21,6 +21,8 @@ class Case:
     length: int  # observation rows a sequence
     precision: str = "float32"
     starts: int = 0  # states that imagination starts from; 0 takes all
+    device: str = "cpu"
+    compile: str = "auto"  # ours: kernels in C, or on a GPU CUDA graphs
     parameters: int = 0  # trainable ones to come near to; only where a rival has sizes of its own
 
 

@@ -16,13 +16,13 @@ from learner.config import ComputeConfig, LearnerConfig
 from learner.finetune import FineTuner
 
 
-def tuner(case: Case, device: str = "cpu") -> FineTuner:
+def tuner(case: Case) -> FineTuner:
     """At the reference's architecture: its gate layout, its padded actions, imagination from every state."""
     sizes = preset(case.size)
     model = dataclasses.replace(sizes.world_model, max_action_dim=MAX_ACTIONS, gates="flat", precision=case.precision)
     behaviour = dataclasses.replace(sizes.behaviour, imagination_starts=case.starts)
     agent = Agent.create(WorldModel.create(model, 0), behaviour, ACTIONS)
-    return FineTuner(agent, LearnerConfig(compute=ComputeConfig(device, case.precision)))
+    return FineTuner(agent, LearnerConfig(compute=ComputeConfig(case.device, case.precision, compile=case.compile)))
 
 
 def batch(case: Case) -> Batch:

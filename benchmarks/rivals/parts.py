@@ -62,9 +62,10 @@ def _heads(agent: Agent, states: State, data: TensorBatch, imagined: list[State]
     _back(agent.reward_loss(states, data)[0])
     steps = [State(*(x.detach().requires_grad_() for x in state)) for state in imagined]
     with frozen(agent.reward):
-        value = torch.stack([agent.reward.value(s) + agent.slow_critic.value(s) for s in steps])
-        _back(value.sum())
-    returns = value[:-1].detach()
+        reward = torch.stack([agent.reward.value(s) for s in steps[:-1]])
+        value = torch.stack([agent.slow_critic.value(s) for s in steps[1:]])
+        _back(reward.sum() + value.sum())
+    returns = value.detach()
     left = Imagination([s.detach() for s in steps[:-1]], returns, torch.ones_like(returns))
     _back(agent.critic_loss(left)[0])
 

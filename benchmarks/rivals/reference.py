@@ -25,12 +25,12 @@ def build(case: Case) -> tuple[Callable[[], object], int]:
 
     torch.manual_seed(0)
     config = OmegaConf.load(root / "config" / "finetune.yaml")
-    config.ws.device, config.ws.run_id = "cpu", "benchmark"
+    config.ws.device, config.ws.run_id = case.device, "benchmark"
     sizes = preset(case.size)
     for key in ("deter", "hidden", "stoch", "classes"):
         config.agent.rssm[key] = getattr(sizes.world_model, key)
     config.agent.encoder.cnn_depth, config.agent.reward.units = sizes.world_model.depth, sizes.behaviour.units
-    agent = DreamerAgent(config.agent, (3, 64, 64), ACTIONS, MAX_ACTIONS, device="cpu")
+    agent = DreamerAgent(config.agent, (3, 64, 64), ACTIONS, MAX_ACTIONS, device=case.device)
     online, offline = _batch(case)
     weights = {id(p): p.numel() for m in (agent.wm, agent._task_behavior.actor, agent._task_behavior.critic)
                for p in m.parameters()}  # fmt: skip

@@ -25,7 +25,8 @@ class Rival:
         self.built = self._answer()
 
     def update(self) -> dict[str, Any]:
-        """Runs one update: seconds, seconds of CPU over all threads, and the process's peak memory in MB so far."""
+        """Runs one update: seconds, seconds of CPU over all threads, and the peak memory in MB so far: of
+        the process, or of the GPU."""
         assert self._process.stdin is not None
         self._process.stdin.write("update\n")
         self._process.stdin.flush()
@@ -47,22 +48,29 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(threads)
-    answers = sys.stdout
+    answers, on_gpu = sys.stdout, case.device == "cuda"
     with contextlib.redirect_stdout(sys.stderr):
         update, weights = importlib.import_module(module).build(case)
         _say(answers, parameters=weights, built_mb=_peak_mb())
         for _ in sys.stdin:
             started, computed = time.perf_counter(), time.process_time()
             update()
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
-            _say(answers, seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=_peak_mb())
+            _say(answers, seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=_peak_mb(on_gpu))
 
 
 def _say(answers: Any, **values: float) -> None:
     print(json.dumps(values), file=answers, flush=True)
 
 
-def _peak_mb() -> float:
+def _peak_mb(on_gpu: bool = False) -> float:
+    """Of the process, or of what torch took of the GPU."""
+    if on_gpu:
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

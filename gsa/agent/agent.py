@@ -89,7 +89,8 @@ class Agent(nn.Module):
         self, start: State, weight: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Imagination, dict[str, Tensor]]:
         """Of the actor, through imagination from `start` [N, …] with `weight` [N]. Only the actor gets gradients."""
-        c, judged = self.config, []
+        c = self.config
+        judged: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
         with frozen(self.world_model, self.reward, self.slow_critic), self.world_model.autocast():
             imagined = behaviour.imagine(
                 self.world_model,
@@ -97,9 +98,9 @@ class Agent(nn.Module):
                 start,
                 c.horizon,
                 generator,
-                lambda state: judged.append(self._judge(state)),
+                lambda state: judged.append(self._judge(state, len(judged))),
             )
-        reward, value, discount = (torch.stack(x) for x in zip(*judged, strict=True))
+        reward, value, discount = (torch.stack([x for x in row if x is not None]) for row in zip(*judged, strict=True))
         returns = behaviour.lambda_returns(reward, value, discount, c.lambda_)
         weights = behaviour.step_weights(weight, discount)
         loss = behaviour.actor_loss(returns, imagined.entropy, weights, c.entropy)
@@ -118,9 +119,13 @@ class Agent(nn.Module):
         loss = torch.stack([behaviour.critic_loss(*step) for step in steps]).mean()
         return loss, {"loss": loss.detach()}
 
-    def _judge(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """Reward, value and discount of states of [N, …], float32 [N] each."""
-        reward, value, end = self.reward.value(state), self.slow_critic.value(state), self.reward.end_logit(state)
+    def _judge(self, state: State, t: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Reward, value and discount of the imagined states s_t [N, …], float32 [N] each; None where no return reads
+        it. The value of s1 is the first return's alone, which no action changes: it needs no gradient."""
+        value = None if t == 0 else self.slow_critic.value(state.detach() if t == 1 else state)
+        if t == self.config.horizon:
+            return None, value, None
+        reward, end = self.reward.value(state), self.reward.end_logit(state)
         going_on = torch.ones_like(reward) if end is None else torch.sigmoid(-end)
         return reward, value, self.config.discount * going_on
 

@@ -4,7 +4,7 @@ H imagined steps from N start states. Value of a state counts the reward of havi
 
     state     s0   s1   …  sH        s0 is inferred from data, the others imagined
     action    a0   a1   …            a_t is chosen at s_t and leads to s_t+1
-    reward    r0   r1   …  rH        r_t is caused by a_t-1
+    reward    r0   r1   …  rH        r_t is caused by a_t-1; v(sH) counts the last
     return    R0   R1   …  RH        R_t = r_t + γ_t((1-λ) v(s_t+1) + λ R_t+1),  RH = v(sH)
     critic    R0 … RH-1              at the same states
     actor     R1 … RH-1              for a0 … aH-2: the first return that an action can change
@@ -103,10 +103,11 @@ def imagination_starts(
     All valid ones, or `count` of them drawn without replacement. The weight is the data's discount: nothing follows a
     state in which the task ended.
     """
-    rows = batch.valid.flatten().nonzero().squeeze(-1)
+    valid = batch.valid.flatten()
+    rows = torch.arange(len(valid), device=valid.device) if batch.whole else valid.nonzero().squeeze(-1)
     if 0 < count < len(rows):
-        chosen = torch.randperm(len(rows), generator=generator, device=generator.device)[:count]
-        rows = rows[chosen.to(rows.device)]
+        order = torch.rand(len(rows), generator=generator, device=generator.device).argsort()
+        rows = rows[order[:count].to(rows.device)]
     flat = state.detach().flatten()
     return State(flat.deter[rows], flat.stoch[rows]), batch.discount.flatten()[rows]
 
@@ -138,16 +139,16 @@ def imagine(
 
 
 def lambda_returns(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
-    """R_0 … R_H-1 of r, v and γ_t [H+1, N] each → [H, N]. The last r and γ are not read: v(sH) counts them."""
+    """R_0 … R_H-1 of r and γ of s0 … sH-1 and v of s1 … sH, [H, N] each → [H, N]. v(sH) counts the reward there."""
     returns = [value[-1]]
-    for t in reversed(range(len(reward) - 1)):
-        returns.append(reward[t] + discount[t] * ((1 - lambda_) * value[t + 1] + lambda_ * returns[-1]))
+    for t in reversed(range(len(reward))):
+        returns.append(reward[t] + discount[t] * ((1 - lambda_) * value[t] + lambda_ * returns[-1]))
     return torch.stack(returns[:0:-1])
 
 
 def step_weights(start: Tensor, discount: Tensor) -> Tensor:
-    """Cumulative discount of each imagined state: start weights [N] and γ_t [H+1, N] → [H, N]; row 0 as given."""
-    return torch.cat([start[None], discount[:-2].detach()]).cumprod(0)
+    """Cumulative discount of each imagined state: start weights [N] and γ_t [H, N] → [H, N]; row 0 as given."""
+    return torch.cat([start[None], discount[:-1].detach()]).cumprod(0)
 
 
 def actor_loss(returns: Tensor, entropy: Tensor, weights: Tensor, scale: float) -> Tensor:

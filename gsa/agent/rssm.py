@@ -134,7 +134,7 @@ def scan(
     """
     first, size, latent = posterior.first, cell.gate.inputs, posterior.shape[0] * posterior.shape[1]
     keep = (~is_first).to(previous_action.dtype)[..., None]
-    resets = bool(is_first[:, 1:].any())  # never, in batches as they are cut
+    resets = is_first.is_cuda or bool(is_first[:, 1:].any())  # never, in batches as they are cut; a GPU is not asked
     actions = cell.action(previous_action * keep)
     seen = F.linear(features, first.weight[:, size:], first.bias)
     transition, look = Transition(cell), Unrolled(first.weight[:, :size].t(), None)

@@ -41,13 +41,19 @@ class TensorBatch:
     discount: Tensor  # [B, T] float32
     is_first: Tensor  # [B, T] bool
     valid: Tensor  # [B, T] bool
+    whole: bool = False  # every row is known to be valid, without asking the device
 
     @classmethod
     def from_batch(cls, batch: Batch, device: torch.device | str = "cpu") -> TensorBatch:
         """On the CPU nothing is copied."""
         seen = {k: torch.as_tensor(v, device=device) for k, v in batch.observation.items()}
-        names = [name for name in cls.__dataclass_fields__ if name != "observation"]
-        return cls(seen, **{k: torch.as_tensor(getattr(batch, k), device=device) for k in names})
+        names = [name for name in cls.__dataclass_fields__ if name not in ("observation", "whole")]
+        rest = {k: torch.as_tensor(getattr(batch, k), device=device) for k in names}
+        return cls(seen, **rest, whole=bool(batch.valid.all()))
+
+    def tensors(self) -> list[Tensor]:
+        rest = (getattr(self, name) for name in self.__dataclass_fields__ if name not in ("observation", "whole"))
+        return [*(self.observation[name] for name in sorted(self.observation)), *rest]
 
 
 class WorldModel(nn.Module):
