@@ -1,7 +1,7 @@
-"""What a worker needs of RLlib, imported without DMControl.
+"""What a worker needs of RLlib, imported without what RLlib's wrappers would bring along wherever it is installed.
 
-RLlib's wrappers import that wherever it is installed, and with it an OpenGL display: 30 MB of a worker's own memory,
-100 MB with what it shares. Our environments are in processes of their own.
+DMControl comes with an OpenGL display, and OpenCV with its codecs: 34 MB of a worker's own memory, 115 MB with what it
+shares. Our environments are in processes of their own.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def absent(package: str) -> Iterator[None]:
-    """Inside, importing `package` is an ImportError, unless it was imported before."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
+def absent(*packages: str) -> Iterator[None]:
+    """Inside, importing one of `packages` is an ImportError, unless it was imported before."""
+    hidden = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in hidden:
+            del sys.modules[package]
 
 
-with absent("dm_control"):
+with absent("dm_control", "cv2"):
     from ray.rllib.env.env_runner import EnvRunner
     from ray.rllib.utils.checkpoints import Checkpointable
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -326,3 +328,11 @@ def test_a_service_that_hangs_is_replaced_once_it_is_killed(folder, ray_here):
     assert now != hung
     assert not alive(hung)
     ray.kill(actor)
+
+
+def test_a_worker_imports_no_simulator_and_no_display():
+    """RLlib's wrappers would import them into each."""
+    names = "'dm_control', 'mujoco', 'OpenGL', 'cv2'"
+    script = f"import sys, deploy.env_runner; print([m for m in ({names}) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.strip() == "[]"
