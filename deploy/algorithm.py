@@ -190,7 +190,7 @@ class GSA(Algorithm):
         for warning in report["warnings"]:
             self.faults.write(self.frames, "the learner", warning, "", aloud=True)
         if trouble and trouble != self.trouble:
-            self.faults.write(self.frames, "the broadcast", trouble, "Workers act on with what they have.", aloud=True)
+            self.faults.write(self.frames, "the broadcast", trouble, "", aloud=True)
         elif trouble != self.trouble:
             console.print("The weight broadcast works again.")
         self.trouble = trouble
