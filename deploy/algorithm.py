@@ -268,7 +268,7 @@ class GSA(Algorithm):
         try:
             answer = ray.get(self._awaited(getattr(actor, method).remote(*arguments)), timeout=0)
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise (error.cause if isinstance(error.cause, GsaError) else error.as_instanceof_cause()) from None
         except AWAY as error:
             if not self.told.is_set():
                 hangs = isinstance(error, ray.exceptions.GetTimeoutError)

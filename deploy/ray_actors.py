@@ -23,7 +23,7 @@ from deploy.faults import Warnings
 from deploy.provenance import require_same_sources
 from deploy.ray_links import BatchSource, RayBatchLink, where
 from gsa.broadcast import RedisPublisher, RedisSubscriber
-from gsa.errors import GsaError
+from gsa.errors import GsaError, Unavailable
 from gsa.schema import Batch, Lease, NoLease, SequenceRef, Trajectory, WeightSnapshot
 from retrieval.files import replace_file
 
@@ -69,8 +69,11 @@ class ReplayActor:
         cannot find in the store."""
         service = self._service
         service.renew(living)
-        with replace_file(self._state) as file:
-            file.write(json.dumps(service.state()).encode())
+        try:
+            with replace_file(self._state) as file:
+                file.write(json.dumps(service.state()).encode())
+        except OSError as error:
+            raise Unavailable(f"Cannot write {self._state}: {error.strerror}. Free some space.") from None
         complete = service.complete  # first: what is read after it holds all of a complete run
         episodes, cursor = service.drain_episodes(cursor)
         return {
