@@ -124,7 +124,7 @@ class SuiteConfig:
     pool: PoolSpec = field(default_factory=PoolSpec)
     world_model: WorldModelSpec = field(default_factory=WorldModelSpec)
     finetune: dict[str, Any] = field(default_factory=dict)  # settings of gsa finetune for all trials …
-    per_task: dict[str, dict[str, Any]] = field(default_factory=dict)  # … for those of a task, over these
+    per_task: dict[str, dict[str, Any]] = field(default_factory=dict)  # … for a task's or pattern's, over these
     per_method: dict[str, dict[str, Any]] = field(default_factory=dict)  # … and of a method, over both
     variants: tuple[Variant, ...] = ()
     resources: Resources = field(default_factory=Resources)
@@ -147,7 +147,7 @@ class SuiteConfig:
             ("method in per_method", self.per_method, self._all("methods")),
         ):
             for name in given:
-                if name not in known:
+                if name not in known and not (given is self.per_task and fnmatch.filter(known, name)):
                     raise unknown(kind, name, known)
 
     def trials(self, folder: Path) -> list[Trial]:
@@ -172,7 +172,8 @@ class SuiteConfig:
 
     def _trial(self, task: str, method: SuiteMethod, variant: Variant, seed: int, folder: Path) -> Trial:
         name = "--".join([task.replace("/", "-"), method, *filter(None, [variant.name]), f"seed{seed}"])
-        layers = (self.finetune, self.per_task.get(task, {}), self.per_method.get(method, {}), variant.finetune)
+        of_task = [settings for pattern, settings in self.per_task.items() if fnmatch.fnmatchcase(task, pattern)]
+        layers = (self.finetune, *of_task, self.per_method.get(method, {}), variant.finetune)
         try:
             settings = _merged(layers) | {
                 "task": task, "method": "gsa" if method == "prior" else method, "seed": seed,

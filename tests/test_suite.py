@@ -173,7 +173,7 @@ def test_trials_are_in_the_order_of_their_seeds_and_each_has_its_settings(tmp_pa
     """Whatever ends early leaves whole comparisons; later layers of settings are over earlier ones."""
     file = write(
         tmp_path / "small.yaml", seeds=[3, 1], tasks=["gym/Counting-v0", "gym/Place-v0"],
-        per_task={"gym/Place-v0": {"batch": 5, "guidance": {"schedule": "constant(1)"}}},
+        per_task={"gym/*": {"batch": 3}, "gym/P*": {"batch": 5, "guidance": {"schedule": "constant(1)"}}},
         per_method={"gsa": {"batch": 6}}, scale={},
         variants=[
             {"name": "prefix", "tasks": ["gym/Place-v0"], "methods": ["gsa"], "seeds": [1, 2],
@@ -186,6 +186,7 @@ def test_trials_are_in_the_order_of_their_seeds_and_each_has_its_settings(tmp_pa
     assert [t.task for t in trials.values()][:8] == ["gym/Counting-v0"] * 4 + ["gym/Place-v0"] * 4
     batches = {m: trials[f"gym-Place-v0--{m}--seed3"].config.batch for m in ("scratch", "gsa", "naive")}
     assert batches == {"scratch": 5, "gsa": 6, "naive": 5}
+    assert trials["gym-Counting-v0--naive--seed3"].config.batch == 3
     prefix = trials["gym-Place-v0--gsa--prefix--seed2"]
     assert (prefix.config.guidance.schedule, prefix.config.guidance.placement) == ("constant(1)", "prefix")
     assert {
