@@ -99,7 +99,7 @@ def main() -> int:
         "runs": [whole_run(*layout) for layout in (((1, 4),) if options.quick else ((2, 16), (64, 1)))],
     }  # fmt: skip
     goals = {
-        "latency_of_linear": harness.at_least(min(free), 0.95),
+        "latency_of_linear": harness.at_least(min(free, default=0.0), 0.95),  # 0: others kept all cores busy
         "compute_of_cores": harness.at_least(share, 0.9),
     }
     return harness.finish("workers", result, goals, options)
