@@ -3,7 +3,8 @@
 What acting needs of the models of 1.4M, 14M and 281M parameters (presets tiny, reference-small and paper, the last in
 bfloat16), from this process to workers in processes of their own on this machine. In turns:
 
-    ours-1, ours-4  RedisPublisher.publish, until the last of 1 or 4 RedisSubscribers has handed over the snapshot
+    ours-1, ours-4  from the learner's tensors, rounding included, by RedisPublisher.publish, until the last of 1 or 4
+                    RedisSubscribers has handed over the snapshot
     redis           SET of the same bytes in the same chunks by redis-py here, then GET by redis-py in one other process
     ray             ray.put of the same bytes here, ray.get in one actor
 

@@ -11,8 +11,10 @@ pause after it so that nobody's workers run into the next one's turn:
     torchrl         two TensorDictReplayBuffers, memmap storage and slice sampler, for 12 and 4 slices
     rllib           one EpisodeReplayBuffer for all 16 rows
 
-Peers give what they give: none of them masks short episodes or tells where a row is from. Goals: twice the best peer
-in-process, and 60 % of in-process over Ray.
+Ours cut with two threads where there are two cores, TorchRL samples two batches ahead in threads, the reference has
+eight processes; memcpy and RLlib's buffer, which has no such setting, run in one thread. Peers give what they give:
+none of them masks short episodes or tells where a row is from. Goals: twice the best peer in-process, and 60 % of
+in-process over Ray.
 
 Memory: 10⁶ agent steps in episodes of 500, of 16×16 RGB images, are collected and one batch sampled for each
 episode; the anonymous memory of the process (RssAnon) is fitted by a line over the second half. The goal, 32 bytes a
@@ -191,7 +193,7 @@ def _torchrl(folder: Path, online: list[Trajectory], pool: list[Trajectory], sta
     for side, played, rows in (("online", online, BATCH - REHEARSED), ("pool", pool, REHEARSED)):
         storage = LazyMemmapStorage(len(played) * STEPS, scratch_dir=str(folder / f"torchrl-{side}"))
         sampler = SliceSampler(slice_len=LENGTH, traj_key="episode", cache_values=True, strict_length=True)
-        buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=rows * LENGTH)
+        buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=rows * LENGTH, prefetch=2)
         for i, t in enumerate(played):
             columns = {
                 "pixels": t.observation["pixels"][:-1], "action": t.action, "discount": t.discount,

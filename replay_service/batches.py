@@ -12,10 +12,11 @@ and not `valid`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -117,11 +118,13 @@ def cut(
     max_action_dim: int,
     reward_from: Collection[str] = (),
     out: Batch | None = None,
+    helper: Executor | None = None,
 ) -> Batch:
     """The batch of `refs`, in their order.
 
     Rewards are read only from the stores named in `reward_from`. With `out`, its arrays are overwritten and
-    shared with the batch returned.
+    shared with the batch returned. A `helper` cuts every second row meanwhile: one core copies at half the speed of
+    the memory.
     """
     if out is None:
         specs = [stores[ref.store].spec(ref.trajectory) for ref in refs]
@@ -131,9 +134,27 @@ def cut(
     out.is_first[:, 0] = True
     out.discount[:, 0] = 1
     out.valid[:] = np.arange(length) < np.array([[len(ref)] for ref in refs])
-    for b, ref in enumerate(refs):
-        _cut_row(stores[ref.store], ref, ref.store in reward_from, out, b)
+    share = 1 if helper is None else 2
+
+    def cut_rows(first: int) -> None:
+        for b in range(first, len(refs), share):
+            _cut_row(stores[refs[b].store], refs[b], refs[b].store in reward_from, out, b)
+
+    helped = None if helper is None else helper.submit(cut_rows, 1)
+    try:
+        cut_rows(0)
+    finally:
+        if helped is not None:
+            wait([helped])  # it writes to the same arrays
+    if helped is not None:
+        helped.result()
     return dataclasses.replace(out, refs=tuple(refs))
+
+
+def helping_thread() -> Executor | None:
+    """Half of the work on each batch is this thread's, if there is a second core for it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(1, thread_name_prefix="cut") if cores > 1 else None
 
 
 def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: Batch, b: int) -> None:
@@ -176,6 +197,7 @@ class Cutter:
 
     def __init__(self, stores: Mapping[str, TrajectoryStore], layout: Layout, buffers: int = 0) -> None:
         self.stores, self.layout, self._buffers = stores, layout, buffers
+        self._helper = helping_thread()
         self._thread = threading.local()  # .buffers, the next one first
 
     def __call__(self, refs: Sequence[SequenceRef]) -> Batch:
@@ -183,7 +205,7 @@ class Cutter:
             if ref.trajectory >= len(self.stores[ref.store]):
                 self.stores[ref.store].refresh()
         layout, out = self.layout, self._next_buffer()
-        return cut(self.stores, refs, layout.length, layout.max_action_dim, reward_from=("online",), out=out)
+        return cut(self.stores, refs, layout.length, layout.max_action_dim, ("online",), out, self._helper)
 
     def _next_buffer(self) -> Batch:
         if not self._buffers:
@@ -222,7 +244,7 @@ class PoolBatches(Iterator[Batch]):
         shared = shared_observation(specs_of(store, rows), max_action_dim)
         self._observation = shared if observation is None else observation
         self._buffers = [self._empty() for _ in range(buffers)]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pool-batches")
+        self._thread, self._helper = ThreadPoolExecutor(1, thread_name_prefix="pool-batches"), helping_thread()
         self._cut = 0  # batches handed out
         self._next: Future[Batch] = self._thread.submit(self._make, 0)
 
@@ -247,11 +269,14 @@ class PoolBatches(Iterator[Batch]):
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
+        if self._helper is not None:
+            self._helper.shutdown()
 
     def _make(self, i: int) -> Batch:
         refs = self._sampler.draw(self.batch, np.random.default_rng([self.seed, i]))
         out = self._buffers[i % len(self._buffers)] if self._buffers else self._empty()
-        return cut({"pool": self.store}, refs[self.part], self.length, self.max_action_dim, out=out)
+        stores = {"pool": self.store}
+        return cut(stores, refs[self.part], self.length, self.max_action_dim, out=out, helper=self._helper)
 
     def _empty(self) -> Batch:
         return empty_batch(self.part.stop - self.part.start, self.length, self._observation, self.max_action_dim)

@@ -1,5 +1,7 @@
 """Cutting batches against a slow oracle, and drawing them uniformly."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -84,7 +86,9 @@ def test_equals_the_slow_oracle(stores, seed):
         array.fill(77)  # what an earlier batch left there
     for array in (out.reward_mask, out.is_first, out.valid):
         array.fill(True)
-    batch = cut({k: s for k, (s, _) in stores.items()}, refs, LENGTH, ACTION_DIM, reward_from=("online",), out=out)
+    both = {k: s for k, (s, _) in stores.items()}
+    with ThreadPoolExecutor(1) as helper:
+        batch = cut(both, refs, LENGTH, ACTION_DIM, ("online",), out, helper if seed % 2 else None)
     assert_equal(batch, oracle({k: t for k, (_, t) in stores.items()}, refs, LENGTH, ("online",)))
     assert [r.store for r in batch.refs] == ["online"] * 12 + ["pool"] * 4
     assert batch.shape == (16, LENGTH)
@@ -110,6 +114,14 @@ def test_oracle_notices_a_shift_of_one_step(stores):
     for name in ("pixels", "previous_action", "reward"):
         with pytest.raises(AssertionError):
             assert_equal(batch, {name: expected[name]})
+
+
+@pytest.mark.parametrize("wrong", [4, 5])
+def test_a_row_that_cannot_be_cut_is_told_whoever_cuts_it(stores, wrong):
+    refs = [SequenceRef("pool", 7, 0, 8)] * 8
+    refs[wrong] = SequenceRef("pool", 7, 60, 68)
+    with ThreadPoolExecutor(1) as helper, pytest.raises(UsageError, match="from 60 to 68"):
+        cut({"pool": stores["pool"][0]}, refs, LENGTH, ACTION_DIM, helper=helper)
 
 
 def test_padded_actions_are_zero_and_masked(stores):
