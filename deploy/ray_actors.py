@@ -55,8 +55,12 @@ class ReplayActor:
         here = ray.get_runtime_context().get_node_id()
         return BatchSource(here, self._service.stores, self._service.layout)
 
-    def draw(self) -> tuple[SequenceRef, ...] | None:
-        return self._service.draw()
+    def draw(self, n: int) -> list[tuple[SequenceRef, ...]]:
+        """What the next batches are made of: `n`, or fewer where the service says wait."""
+        drawn: list[tuple[SequenceRef, ...]] = []
+        while len(drawn) < n and (refs := self._service.draw()) is not None:
+            drawn.append(refs)
+        return drawn
 
     def sample(self) -> Batch | None:
         return self._service.sample()

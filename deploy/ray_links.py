@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from replay_service.prefetch import BUFFERS, Prefetcher
 from retrieval.store import TrajectoryStore
 
 IN_FLIGHT = 4  # episodes a worker may have under way to replay; then it waits
+DRAWS = 2  # batches that one call draws
 ANSWER_S = 0.005  # how long a worker with nothing to step waits for a lease before it looks again
 DEADLINE_S = 60.0
 
@@ -110,7 +112,7 @@ class RayReplayLink:
 
 
 class RayBatchLink:
-    """The learner's end: two batches are always drawn ahead and one is cut ahead, all hidden behind the update.
+    """The learner's end: at least two batches are drawn ahead and one is cut ahead, all hidden behind the update.
 
     On the replay service's node only refs cross: the learner cuts from the same mapped files. On another one
     the batch itself comes, by the object store.
@@ -119,12 +121,14 @@ class RayBatchLink:
     def __init__(self, replay: Any, depth: int = 2) -> None:
         about: BatchSource = ray.get(replay.about.remote(), timeout=DEADLINE_S)
         self._cut: Cutter | None = None
-        self._ask = replay.sample.remote
+        self._ask, self._each = replay.sample.remote, 1
         if about.node == _here():
             stores = {name: TrajectoryStore.open(path) for name, path in about.stores.items()}
-            self._cut, self._ask = Cutter(stores, about.layout, BUFFERS), replay.draw.remote
+            self._cut = Cutter(stores, about.layout, BUFFERS)
+            self._ask, self._each = partial(replay.draw.remote, DRAWS), DRAWS
         self._depth, self._last = depth, False
         self._pending: deque[tuple[Any, float]] = deque()
+        self._drawn: deque[Any] = deque()  # answers that are next
         self._ahead = Prefetcher(self._next)
 
     def sample(self) -> Batch | None:
@@ -134,31 +138,39 @@ class RayBatchLink:
     def finish(self, deadline_s: float) -> bool:
         """Asks for no more; waits until all that was drawn is handed out. False if the deadline came first."""
         self._last, end = True, time.monotonic() + deadline_s
-        while not self._ahead.idle and time.monotonic() < end:
+        while not (done := not self._pending and not self._drawn and self._ahead.idle) and time.monotonic() < end:
             time.sleep(0.01)
-        return self._ahead.idle
+        return done
 
     def close(self) -> None:
         self._ahead.close()
 
     def _next(self) -> Batch | None:
-        while not self._last and len(self._pending) < self._depth:
+        while not self._last and self._each * len(self._pending) + len(self._drawn) < self._depth:
             self._pending.append((self._ask(), time.monotonic()))
-        if not self._pending:
+        if not self._drawn and self._pending:
+            self._receive()
+        if not self._drawn:
             return None
+        drawn = self._drawn.popleft()
+        return drawn if self._cut is None else self._cut(drawn)
+
+    def _receive(self) -> None:
+        """Takes the oldest answer if it is there."""
         reference, since = self._pending[0]
         ready, _ = ray.wait([reference], timeout=0.05)
         if not ready and time.monotonic() - since < DEADLINE_S:
-            return None
-        self._pending.popleft()
+            return
         try:
-            drawn = ray.get(reference, timeout=DEADLINE_S if ready else 0.1)
+            answer = ray.get(reference, timeout=DEADLINE_S if ready else 0.1)
         except RayTaskError:
             raise
         except (RayError, GetTimeoutError):  # the service is being restarted
             self._pending.clear()
-            return None
-        return drawn if self._cut is None or drawn is None else self._cut(drawn)
+            return
+        if answer is not None:
+            self._drawn.extend(answer if self._cut is not None else [answer])
+        self._pending.popleft()  # last: `finish` looks for what is under way
 
 
 class ScoredSaves:

@@ -38,7 +38,7 @@ class Prefetcher:
 
     @property
     def idle(self) -> bool:
-        """Whether the source had nothing when last asked and all that it gave is handed out."""
+        """Whether the source had nothing when last asked, is not asked now, and all that it gave is handed out."""
         return self._idle.is_set() and self._ready.empty()
 
     def close(self) -> None:
@@ -49,13 +49,13 @@ class Prefetcher:
         pause_s = PAUSES_S[0]
         try:
             while not self._closed.is_set():
+                self._idle.clear()
                 batch = self._source()
                 if batch is None:
                     self._idle.set()
                     self._closed.wait(pause_s)
                     pause_s = min(2 * pause_s, PAUSES_S[1])
                     continue
-                self._idle.clear()
                 self._put(batch)
                 pause_s = PAUSES_S[0]
         except BaseException as error:

@@ -176,7 +176,7 @@ def test_over_ray(folder, ray_here, beside, monkeypatch):
     learner.start()
     try:
         end = time.monotonic() + SOON_S
-        while not ray.get(actor.report.remote(0))["complete"] and time.monotonic() < end:
+        while not ray.get(actor.report.remote(0, ["w"]))["complete"] and time.monotonic() < end:
             working.tick()
         assert batches.finish(SOON_S)
     finally:
@@ -228,7 +228,7 @@ def test_the_service_is_killed_amid_draws_and_deliveries(folder, ray_here):
         while time.monotonic() < end:
             working.tick()
             try:
-                report = ray.get(actor.report.remote(0), timeout=5)
+                report = ray.get(actor.report.remote(0, ["w"]), timeout=5)
                 if kills < 3 and report["collected"] >= (kills + 1) * STEPS:
                     os.kill(ray.get(actor.pid.remote(), timeout=5), signal.SIGKILL)
                     kills += 1

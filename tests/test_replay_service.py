@@ -20,6 +20,7 @@ from replay_service.config import ReplayConfig
 from replay_service.prefetch import BUFFERS, Prefetcher
 from replay_service.service import ReplayService
 from retrieval.store import TrajectoryStore
+from tests.broadcasting import eventually
 from tests.trajectories import counting, counting_spec
 
 SPEC = counting_spec("toy/a", 2)
@@ -572,7 +573,7 @@ def test_a_prefetched_batch_is_good_until_the_next_and_none_is_lost():
             assert batch.reward[0, 0] == used
             used += 1
     assert prefetcher.sample() is None
-    assert prefetcher.idle
+    eventually(lambda: prefetcher.idle, "all is handed out")
     prefetcher.close()
 
 
