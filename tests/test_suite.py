@@ -147,7 +147,7 @@ BAD = {
         "rehearses, and the pool has nothing of its embodiment gym/Counting-v0, only of gym/Place-v0",
     ),
     "no such store": ({"methods": ["naive"], "pool": {"store": "nowhere"}}, "nowhere"),
-    "no such world model": ({"methods": ["naive"], "world_model": {"folder": "nowhere"}}, "no world model in nowhere"),
+    "no such world model": ({"methods": ["naive"], "world_model": {"folder": "nowhere"}}, "no world model in .*where"),
     "a variant without a change": ({"variants": [{"name": "k5"}]}, "a name and other finetune settings go together"),
     "a variant under a name that is taken": (
         {"variants": [{"methods": ["scratch"]}]},
