@@ -147,7 +147,7 @@ def cut(
         if helped is not None:
             wait([helped])  # it writes to the same arrays
     if helped is not None:
-        helped.result()
+        helped.result(0)
     return dataclasses.replace(out, refs=tuple(refs))
 
 

@@ -41,10 +41,10 @@ def make_batch(seed=0):
 def update(agent, batch):
     """Everything that an update computes, by name: losses, states at valid rows, actions there, all gradients."""
     tensors = TensorBatch.from_batch(batch)
-    doubles = {f.name: getattr(tensors, f.name) for f in dataclasses.fields(tensors)}
-    doubles = {k: v.double() if k != "observation" and v.is_floating_point() else v for k, v in doubles.items()}
+    given = {f.name: getattr(tensors, f.name) for f in dataclasses.fields(tensors)}
+    doubles = {k: v.double() for k, v in given.items() if torch.is_tensor(v) and v.is_floating_point()}
     seen = {k: v.double() if v.is_floating_point() else v for k, v in tensors.observation.items()}
-    data = TensorBatch(**doubles | {"observation": seen})
+    data = TensorBatch(**given | doubles | {"observation": seen})
     generator = torch.Generator().manual_seed(3)
     agent.zero_grad()
     loss, states, metrics = agent.world_model.loss(data, generator)
