@@ -1,10 +1,13 @@
 """Small agents and batches of noise, and the agent's networks written out slowly."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from gsa.agent.sizes import BehaviourConfig, WorldModelConfig
+from gsa.agent.world_model import TensorBatch
 from gsa.schema import Batch
 
 MODEL = WorldModelConfig(
@@ -28,6 +31,16 @@ def noise_batch(rng, b=3, t=5, action_dim=2, max_action_dim=4):
         np.where(reward_mask, rng.normal(size=(b, t)), 0).astype(np.float32), reward_mask,
         np.ones((b, t), np.float32), is_first, valid, (),
     )  # fmt: skip
+
+
+def doubled(batch):
+    """A batch's tensors, numbers in float64 and images as they are."""
+
+    def wide(value):
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    fields = {f.name: wide(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+    return TensorBatch(**fields | {"observation": {k: wide(v) for k, v in batch.observation.items()}})
 
 
 class Slow:

@@ -13,7 +13,7 @@ from gsa.agent.policy import GuidedPolicy
 from gsa.agent.sizes import ObservationConfig
 from gsa.agent.world_model import TensorBatch, WorldModel
 from gsa.schema import Controller
-from tests.agents import BEHAVIOUR, MODEL, noise_batch
+from tests.agents import BEHAVIOUR, MODEL, doubled, noise_batch
 
 ACTIONS = 2
 SEEN = ObservationConfig(("pixels",), (("joints", 3),))
@@ -40,11 +40,7 @@ def make_batch(seed=0):
 
 def update(agent, batch):
     """Everything that an update computes, by name: losses, states at valid rows, actions there, all gradients."""
-    tensors = TensorBatch.from_batch(batch)
-    given = {f.name: getattr(tensors, f.name) for f in dataclasses.fields(tensors)}
-    doubles = {k: v.double() for k, v in given.items() if torch.is_tensor(v) and v.is_floating_point()}
-    seen = {k: v.double() if v.is_floating_point() else v for k, v in tensors.observation.items()}
-    data = TensorBatch(**given | doubles | {"observation": seen})
+    data = doubled(TensorBatch.from_batch(batch))
     generator = torch.Generator().manual_seed(3)
     agent.zero_grad()
     loss, states, metrics = agent.world_model.loss(data, generator)

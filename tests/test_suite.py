@@ -56,6 +56,12 @@ def write(path: Path, **changes) -> Path:
     return path
 
 
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: Ray keeps the first token of a process for all clusters that it starts."""
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False)
+
+
 def results(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
 
@@ -81,8 +87,8 @@ def test_a_suite_that_is_stopped_and_whose_every_process_is_killed_goes_on_to_th
     """First a trial's own process is killed, which is tried again from its checkpoint; the next trial is stopped by
     SIGTERM and then killed with all there is. A trial that always fails is named, and stops no other."""
     out, log = tmp_path / "suite", tmp_path / "log"
-    command = [*COMMAND, str(write(tmp_path / "small.yaml")), "--out", str(out)]
-    two = [*command, "--only", "*scratch*", "*gsa*"]
+    all_of_it = [str(write(tmp_path / "small.yaml")), "--out", str(out)]
+    two = [*COMMAND, *all_of_it, "--only", "*scratch*", "*gsa*"]
     first, second = (out / "trials" / f"gym-SlowCounting-v0--{name}--seed0" for name in ("scratch", "gsa"))
 
     def killed(process: subprocess.Popen) -> bool:
@@ -98,7 +104,7 @@ def test_a_suite_that_is_stopped_and_whose_every_process_is_killed_goes_on_to_th
     assert list((second / "checkpoints").iterdir())
 
     watched(two, log, lambda process: wait_for(process, lambda: collected(second) >= 80, 300), kill_all)
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False)
+    ended = run(all_of_it)
     assert ended.returncode == 1, ended.stderr[-3000:]
     assert "failed: gym-SlowCounting-v0--naive--seed0: The guide failed in step 0" in ended.stderr
     assert all((out / "results" / name).stat().st_mtime_ns == at for name, at in kept.items())
@@ -284,18 +290,20 @@ def test_frames_are_counted_only_where_a_curve_gets_there(tmp_path):
     assert rows["naive"]["frames_to_scratch"] is None
 
 
-def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path, capsys):
+def test_out_of_time_it_ends_well_and_says_what_is_left(tmp_path):
     """So early that not even the pool is there; nothing is lost, and nothing failed."""
     file = write(tmp_path / "small.yaml", methods=["scratch", "gsa"], per_method={}, speed={"update_s": 1, "step_s": 1})
-    assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out"), "--max-hours", "1e-5"]) == 0
-    said = " ".join(capsys.readouterr().err.split())
+    ended = run([str(file), "--out", str(tmp_path / "out"), "--max-hours", "1e-5"])
+    assert ended.returncode == 0, ended.stderr
+    said = " ".join(ended.stderr.split())
     assert "Done: 0, failed: 0, left: 2. The time is over; the same command goes on" in said
 
 
-def test_a_trial_that_no_node_has_room_for_is_said_before_anything_is_made(tmp_path, capsys):
+def test_a_trial_that_no_node_has_room_for_is_said_before_anything_is_made(tmp_path):
     file = write(tmp_path / "small.yaml", resources={"gpus": 8}, speed={"update_s": 1, "step_s": 1})
-    assert gsa(["suite", "run", str(file), "--out", str(tmp_path / "out")]) == 2
-    assert "A trial takes 1 CPUs and 8 GPUs, and no node has them" in capsys.readouterr().err
+    ended = run([str(file), "--out", str(tmp_path / "out")])
+    assert ended.returncode == 2
+    assert "A trial takes 1 CPUs and 8 GPUs, and no node has them" in ended.stderr
     assert not (tmp_path / "out" / "pool").exists()
 
 
@@ -308,9 +316,8 @@ def test_a_trial_may_be_distributed_and_its_pool_and_model_another_suites(whole,
         world_model={"folder": str(whole / "world_model")},
         finetune=plain()["finetune"] | {"local": False, "workers": 2},
     )  # fmt: skip
-    command = [*COMMAND, str(file), "--out", str(tmp_path / "out")]
-    ended = subprocess.run(command, env=ENVIRONMENT, check=False, timeout=500)
-    assert ended.returncode == 0
+    ended = run([str(file), "--out", str(tmp_path / "out")])
+    assert ended.returncode == 0, ended.stderr
     assert results(tmp_path / "out")["gym-SlowCounting-v0--gsa--seed0"]["frames"] == 120
 
 

@@ -15,7 +15,7 @@ from gsa.agent.unroll import unroll
 from gsa.agent.vision import OFFSET, Encoder, from_patches, to_patches
 from gsa.agent.world_model import Dream, TensorBatch, WorldModel, divergences, masked_mean
 from gsa.errors import FormatError, SpecMismatch, UsageError
-from tests.agents import MODEL, Slow, assert_gradients_equal, leaves, noise_batch
+from tests.agents import MODEL, Slow, assert_gradients_equal, doubled, leaves, noise_batch
 
 
 def generator(seed=0):
@@ -28,9 +28,7 @@ def model64(seed=0, **changes):
 
 def batch64(seed=0, **changes):
     batch = TensorBatch.from_batch(noise_batch(np.random.default_rng(seed)))
-    floats = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    doubles = {k: v.double() if k != "observation" and v.is_floating_point() else v for k, v in floats.items()}
-    return TensorBatch(**doubles | changes)
+    return dataclasses.replace(doubled(batch), **changes)
 
 
 def slow_loss(slow, batch, uniform):
