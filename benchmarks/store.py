@@ -17,8 +17,7 @@ files       What it is with the data there: 10³ and 20,000 different trajectori
             a place of its own, 1.6 GB in dozens of shards. A batch from either, in turns.
 ingestion   Episodes as the reference writes them (npz, deflated): `ingest` into a new store, on disk when it returns,
             against np.load of every array of every file once, in one thread, in turns. Each store is removed before
-            the next turn, so that the pages it is written to are such as the machine has in use. `one_job`: decoding
-            in one thread; else in one a core.
+            the next turn, so that the pages it is written to are such as the machine has in use.
 
     python -m benchmarks.store [--quick] [--save]
 """
@@ -311,24 +310,20 @@ def ingestion(root: Path, source: Episodes, episodes: int, repeats: int) -> tupl
                 for name in arrays.files:
                     arrays[name]
 
-    def ours(jobs: int) -> Callable[[], None]:
-        def run() -> None:
-            with TrajectoryStore.create(store_path) as store:
-                report = ingest(folder, store, jobs=jobs)
-            assert (report.added, report.failed) == (episodes, [])
+    def ours() -> None:
+        with TrajectoryStore.create(store_path) as store:
+            report = ingest(folder, store)
+        assert (report.added, report.failed) == (episodes, [])
 
-        return run
-
-    rivals: dict[str, Rival] = {"read": read, "ingest": ours(0), "ingest_one_job": ours(1)}
+    rivals: dict[str, Rival] = {"read": read, "ingest": ours}
     seconds = harness.interleaved(rivals, repeats, clean=lambda: shutil.rmtree(store_path, ignore_errors=True))
-    over = {name: float(np.median(seconds[name]) / np.median(seconds["read"])) for name in ("ingest", "ingest_one_job")}
+    over = float(np.median(seconds["ingest"]) / np.median(seconds["read"]))
     megabytes = episodes * (STEPS + 1) * 64 * 64 * 3 / 1e6
     result = {
         "ingest_s": {name: round(float(np.median(s)), 3) for name, s in seconds.items()},
         "ingest_mb_per_s": round(megabytes / float(np.median(seconds["ingest"])), 1),
-        "ingest_one_job_over_read": round(over["ingest_one_job"], 3),
     }
-    return result, {"ingest_over_read": harness.at_most(over["ingest"], 1.5)}
+    return result, {"ingest_over_read": harness.at_most(over, 1.5)}
 
 
 def _ms(seconds: list[float]) -> float:

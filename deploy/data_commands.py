@@ -53,7 +53,7 @@ class Ingest:
     codec: Literal["none", "lz4", "zstd"] = "none"
     """Compression of a new store: none is the fastest to train from."""
     jobs: int = 0
-    """Episodes decoded at a time; 0: one a core, four at most."""
+    """Episodes decoded at a time; 0: what the machine does best, four at most."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> int:

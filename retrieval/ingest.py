@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.metrics import Progress
+from retrieval.formats.isolated import Isolated
 from retrieval.formats.npz import write_npz
 from retrieval.formats.registry import open_source
 from retrieval.formats.source import Entry, Loaded, Options, Source
@@ -71,9 +72,9 @@ def ingest(
 ) -> IngestReport:  # fmt: skip
     """Adds the episodes of `source` (a file or folder) that the store does not have yet.
 
-    `jobs` episodes are decoded at a time; 0: one a core, four at most. An interrupted ingestion is continued by
-    calling it again. Raises UsageError where there is nothing to ingest, the user must say more or the disk is too
-    small; Unavailable where the disk refuses. Episodes that are not what they should be end up in `failed`.
+    `jobs` episodes are decoded at a time; 0: what this machine does best, four at most. An interrupted ingestion is
+    continued by calling it again. Raises UsageError where there is nothing to ingest, the user must say more or the
+    disk is too small; Unavailable where the disk refuses. Episodes that are not what they should be end up in `failed`.
     """
     with contextlib.closing(open_source(source, format, options)) as episodes:
         return run(plan(episodes, store), store, progress, jobs, str(source))
@@ -148,7 +149,7 @@ def _for_a_while(episodes: Iterator[Decoded]) -> Iterator[Decoded]:
 
 def _decoded(planned: Plan, jobs: int) -> Generator[Decoded, None, None]:
     """The episodes in their order, some of them being decoded ahead in threads."""
-    jobs = jobs or min(4, os.cpu_count() or 1)
+    jobs = jobs or _jobs(planned.source)
     pool, ahead, waiting = ThreadPoolExecutor(jobs), deque[Decoded](), deque(planned.entries)
     try:
         while waiting or ahead:
@@ -158,6 +159,13 @@ def _decoded(planned: Plan, jobs: int) -> Generator[Decoded, None, None]:
             yield ahead.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _jobs(source: Source) -> int:
+    """Readers in processes of their own get a core each. Threads share the interpreter with whoever writes, who gets a
+    core too."""
+    cores = os.cpu_count() or 1
+    return min(4, cores if isinstance(source, Isolated) else max(1, cores - 1))
 
 
 def _load(source: Source, index: int) -> tuple[Loaded, int]:
