@@ -20,6 +20,7 @@ from gsa.errors import GsaError, UsageError
 from gsa.metrics import Progress
 
 CONNECT_S = 10.0
+START_TRIES = 3  # of a Ray of our own, which gives itself 30 s to come up: too few where the machine is busy
 JOIN_S = 90.0  # for nodes to join a cluster, also those of a head that is gone, and for a killed driver's to be free
 SAVE_S = 15.0  # for what the learner has learned to be on disk, once the run is told to stop
 STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
@@ -90,15 +91,18 @@ def start_ray(address: str | None, cpus: int, stack: ExitStack) -> None:
     handed_on = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS", "GOMP_SPINCOUNT")
     variables = {k: os.environ[k] for k in handed_on if k in os.environ}
     runtime = {"env_vars": {**variables, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}}
-    try:
-        if address is None:
-            cpus = max(os.cpu_count() or 1, cpus)
-            # "local": left out, Ray would look for a cluster of anybody's on this machine, even for one that is gone.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime, **SILENT)
-        else:
-            ray.init(address=address, runtime_env=runtime, **SILENT)
-    except Exception as error:  # Ray raises bare ones, such as for a machine too busy to start it in time
-        raise UsageError(_no_ray(address, error)) from error
+    # "local": left out, Ray would look for a cluster of anybody's on this machine, even for one that is gone.
+    own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
+    where = own if address is None else {"address": address}
+    for left in reversed(range(START_TRIES if address is None else 1)):
+        try:
+            ray.init(**where, runtime_env=runtime, **SILENT)
+            break
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if not left:
+                raise UsageError(_no_ray(address, error)) from error
+            console.print(f"Ray did not start: {_words(error)}. Trying again.", soft_wrap=True, markup=False)
     stack.callback(ray.shutdown)
 
 
@@ -131,10 +135,13 @@ def _require_answer(address: str | None) -> None:
 
 
 def _no_ray(address: str | None, error: Exception) -> str:
-    said = " ".join(str(error).split()).rstrip(".")
     if address is None:
-        return f"Ray does not start on this machine: {said}."
-    return f"Cannot join the Ray cluster at '{address}': {said}."
+        return f"Ray does not start on this machine, not in {START_TRIES} tries: {_words(error)}."
+    return f"Cannot join the Ray cluster at '{address}': {_words(error)}."
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _start_redis(config: FinetuneConfig, stack: ExitStack) -> str:

@@ -184,3 +184,34 @@ def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
 def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
     pixels = np.stack([o["pixels"] for o in observations])
     return Trajectory(embodiment, {"pixels": pixels}, actions, np.ones(len(actions), np.float32), source=source)
+
+
+STARTS = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+import ray._private.services as services
+
+folder = Path(sys.argv[1])
+script = folder / "raylet"
+script.write_text(f'#!/bin/sh\\nmkdir {folder}/died 2>/dev/null && exit 1\\nexec {services.RAYLET_EXECUTABLE} "$@"\\n')
+script.chmod(0o755)
+services.RAYLET_EXECUTABLE = str(script)
+from deploy.distributed import start_ray
+import ray
+
+with ExitStack() as stack:
+    start_ray(None, 2, stack)
+    print("answers", ray.get(ray.remote(lambda: 7).remote(), timeout=60))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_ray_that_dies_as_it_starts_is_started_again(tmp_path):
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert "answers 7" in done.stdout, done.stderr
+    assert "Ray did not start" in done.stderr and (tmp_path / "died").exists()
