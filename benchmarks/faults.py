@@ -3,7 +3,8 @@
 A run over Ray and Redis, two workers, on an environment that counts its steps and stamps each with the time. Once all
 is well a fault is injected. Measured from the injection: the next step of any environment; when all environments step
 again; the next update after which the learner's count rises, as the log tells once a second. After the driver's end,
-and after SIGTERM, these include the start of Ray under --resume. What the run printed about the fault is kept beside.
+and after SIGTERM, these include the start of Ray under --resume; after a service that hangs they are from its end on,
+and how long it was given is told apart. What the run printed about the fault is kept beside.
 The clock is set back by 30 days in every Python process of the run. Under memory pressure a worker gets no more memory,
 by its resource limit, and asks for some in its next step. Where mounting is permitted the run lies on a small disk,
 which is filled up: the run ends with a sentence, and goes on once there is room. In the end: every step of the budget,
@@ -44,10 +45,10 @@ from tests.processes import alive, children, wait_for
 
 DEFAULTS = FinetuneConfig("gym/Any-v0", method="scratch")
 WORKERS, ENV_TIMEOUT_S, DISK_MB = 2, 3.0, 400
-BUDGET, QUICK_BUDGET = 9_000, 1_000  # agent steps, some 20 a second
+BUDGET, QUICK_BUDGET = 10_000, 1_000  # agent steps, some 20 a second
 DEADLINE_S = 300.0  # for a run to be as before; the fault counts as not survived after it
 SAYS_S = 90.0  # for the run to say what it did
-STOP_S, STEP_S, PAUSE_PERCENT = 30.0, 90.0, 0.1  # goals
+STOP_S, STEP_S, HUNG_S, PAUSE_PERCENT = 30.0, 90.0, 240.0, 0.1  # goals
 RECOVERY = ("next_step_s", "all_steps_s", "next_update_s")
 CLOCK = """import os, time
 right = time.time
@@ -153,6 +154,18 @@ def kill(name: str, every: bool = False, by: signal.Signals = signal.SIGKILL) ->
     return inject
 
 
+def hang(name: str) -> Callable[[Drill], dict[str, Any]]:
+    """A fault: a service is stopped, not ended. How long it takes until the run has killed it."""
+
+    def fault(drill: Drill) -> dict[str, Any]:
+        started, hung = time.monotonic(), drill.parts(f"ray::{name}")[0]
+        os.kill(hung, signal.SIGSTOP)
+        wait_for(drill.process, lambda: not alive(hung), DEADLINE_S)
+        return {"killed_after_s": round(time.monotonic() - started, 1)}
+
+    return fault
+
+
 def stop_an_environment(drill: Drill) -> None:
     os.kill(min(drill.steps_since(time.monotonic() - 2)), signal.SIGSTOP)  # one that a worker steps
 
@@ -210,6 +223,8 @@ FAULTS: dict[
     "newest checkpoint damaged, learner killed": (damage_and_kill_learner, "is damaged"),
     "clock set back 30 days": (lambda drill: drill.clock.touch(), ""),
     "Redis hangs": (kill(Path(find_binary()).name, by=signal.SIGSTOP), REDIS),
+    "replay service hangs": (hang("ReplayActor"), BACK),
+    "learner hangs": (hang("LearnerActor"), BACK),
     "driver told to stop (SIGTERM)": (end_driver(lambda drill: drill.process.terminate()), "to go on"),
     "driver killed": (end_driver(lambda drill: drill.process.kill()), ""),
     "disk full": (end_driver(fill_disk), "Free some space"),
@@ -229,7 +244,7 @@ def drill(folder: Path, disk: Path | None, quick: bool) -> dict[str, Any]:
                 raise SystemExit(f"The run was not well before '{name}': {run.log.read_text()[-3000:]}")
             started, printed = time.monotonic(), run.log.stat().st_size
             about = fault(run) or {}
-            recovered = run.recovery(started, "exit_code" in about)
+            recovered = run.recovery(started + about.get("killed_after_s", 0.0), "exit_code" in about)
             is_told = wait_for(run.process, lambda: not says or says in "".join(run.said(printed)), SAYS_S)  # noqa: B023
             rows[name] = {**about, **recovered, "told": is_told, "said": run.said(printed)}
             print(f"{name:42} {told(rows[name])}", file=sys.stderr)
@@ -310,6 +325,8 @@ def goals(result: dict[str, Any], pauses: dict[str, Any]) -> dict[str, Any]:
     worst = max(DEADLINE_S if row[k] is None else row[k] for row in rows.values() for k in RECOVERY)
     found = {name: {"value": value, "goal": "== 0", "holds": value == 0} for name, value in exact.items()}
     found["slowest_recovery_s"] = harness.at_most(worst, STEP_S)
+    if hung := [row["killed_after_s"] for row in rows.values() if "killed_after_s" in row]:
+        found["hung_service_killed_s"] = harness.at_most(max(hung), HUNG_S)
     stop = rows["driver told to stop (SIGTERM)"]
     found["sigterm_s"] = harness.at_most(stop["ended_after_s"], STOP_S)
     found["sigterm_exit_code"] = {"value": stop["exit_code"], "goal": "== 143", "holds": stop["exit_code"] == 143}

@@ -6,8 +6,8 @@ evaluator, Redis (it starts again, empty), or the driver and all of Ray with it 
 After the time the last run is left in peace to its end. Of every run: the budget is collected exactly, each episode is
 whole and in order, and each has one row in the log. Memory: the anonymous memory of every process of a run, sampled
 every ten seconds; the slope is that of a regression over time with an intercept for each process, from two minutes
-of its age on, and its 95 % interval. In the end: no process that carries the mark of this soak, no new shared memory,
-no key in Redis that does not expire.
+of its age on, and its 95 % interval. In the end: no process that carries the mark of this soak, no new shared memory
+under the names that a run's processes give it, no key in Redis that does not expire.
 
     python -m benchmarks.soak [--quick] [--save] [--hours 2]
 """
@@ -45,6 +45,7 @@ gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.
 
 MARK = "GSA_SOAK"
 WORKERS, BUDGET, SEED = 2, 6_000, 0  # agent steps: some ten minutes a run
+SHARED = ("plasma", "ray", "torch_", "psm_", "sem.")
 KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S = 60.0, 10.0, 120.0
 PARTS = {  # what is killed: the title of its processes, and how often it is drawn
     "a worker": ("GSAEnvRunner", 4), "all workers": ("GSAEnvRunner", 1), "replay": ("ReplayActor", 2),
@@ -108,7 +109,7 @@ class Soak:
         lasting = [key for key in client.scan_iter("gsa:*") if client.ttl(key) == -1]
         return {
             "processes": len(left),
-            "shared_memory_files": len(set(os.listdir("/dev/shm")) - shared_memory),
+            "shared_memory_files": len(_shared_memory() - shared_memory),
             "lasting_redis_keys": len(lasting),
         }
 
@@ -169,7 +170,7 @@ class Soak:
 def main() -> int:
     options = harness.arguments(__doc__, {"--hours": 2.0})
     hours, every_s, budget = (0.02, 20.0, 800) if options.quick else (options.hours, KILL_EVERY_S, BUDGET)
-    shared_memory, started = set(os.listdir("/dev/shm")), time.time()
+    shared_memory, started = _shared_memory(), time.time()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), started + 3600 * hours, every_s, budget)
         while time.time() < soak.end:
@@ -192,6 +193,11 @@ def main() -> int:
         "seconds_to_next_step": _medians(soak.recovered),
     }  # fmt: skip
     return harness.finish("soak", result, goals, options)
+
+
+def _shared_memory() -> set[str]:
+    """What is in shared memory under the names that Ray, torch and Python give, whoever put it there."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(SHARED)}
 
 
 def _collected(run: Path) -> float:

@@ -163,6 +163,7 @@ class GSA(Algorithm):
         """RLlib's hook before each step. A worker gives back its old leases itself; weights come from Redis."""
         back = group.probe_unhealthy_env_runners()
         self._restarts += len(back)
+        self._heard |= dict.fromkeys(back, time.monotonic())
         return back
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from deploy.rllib import Checkpointable, EnvRunner
 from gsa.broadcast import RedisSubscriber
 
 NO_MEMORY = "not enough memory"  # as torch puts it, in a RuntimeError
-HUNG_S = 60.0  # beyond the deadline of its environments: without agent step or idle turn for so long, a worker hangs
+HUNG_S = 60.0  # beyond the deadline of its environments: a worker that neither steps nor waits for so long hangs
 
 
 class GSAEnvRunner(EnvRunner, Checkpointable):
@@ -47,7 +47,8 @@ class GSAEnvRunner(EnvRunner, Checkpointable):
         last call, what ended it if so, and where it is."""
         if not self._thread.is_alive() and self._error is None and not self._stopped.is_set():
             self._thread.start()
-        if time.monotonic() - self.worker.last_progress > HUNG_S + self._env_timeout_s:
+        last = max(self.worker.last_progress, self._link.last_turn)
+        if time.monotonic() - last > HUNG_S + self._env_timeout_s:
             os._exit(1)  # a thread that hangs cannot be stopped otherwise; RLlib starts the worker anew
         error = None if self._error is None else f"{self.place} stopped: {self._error}"
         stats = {**self.worker.stats(), **self._link.meter.stats(), **self._weights.stats()}

@@ -56,6 +56,7 @@ class RayReplayLink:
         self._lease: Any = None
         self._lease_since = 0.0
         self._deliveries: deque[_Delivery] = deque()
+        self.last_turn = time.monotonic()  # of a worker that waits here, and does not hang
         self.meter = Meter("link")
 
     def lease(self, worker: str) -> Lease | NoLease:
@@ -92,6 +93,7 @@ class RayReplayLink:
 
     def _settle(self, wait_s: float = 0.0) -> None:
         """Takes what was acknowledged off the list; sends again what failed or stayed unanswered."""
+        self.last_turn = time.monotonic()
         if not self._deliveries:
             return
         ready, _ = ray.wait([d.answer for d in self._deliveries], num_returns=1, timeout=wait_s)

@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from isal.isal_zlib import crc32  # zlib's checksum, many times as fast
 from torch import Tensor
 
 from gsa.errors import FormatError, Unavailable, UsageError
@@ -248,7 +248,7 @@ def _crc(file: Path) -> int:
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 23):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
     return crc
 
 

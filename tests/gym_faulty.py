@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
@@ -32,6 +33,7 @@ def fail() -> None:
 
 
 WAYS = {"Hangs": hang, "HangsInC": hang_without_a_turn_for_python, "Crashes": crash, "Raises": fail}
+MOST_MB = 4_000
 ALL = (*WAYS, "Shape", "NaN")
 MIXTURES = {"Any": ALL, "Mild": ("Raises", "Shape", "NaN", "Hangs")}  # of half of all episodes
 
@@ -86,8 +88,23 @@ class Together(Counting):
         return super().step(action)
 
 
+class Hungry(Counting):
+    """The first that comes to its seventh step takes memory until it is killed, 64 MB every 20 ms, up to MOST_MB."""
+
+    def step(self, action):
+        answer = super().step(action)
+        if self.steps == 7:
+            with contextlib.suppress(FileExistsError), open(os.environ["GSA_TEST_EATEN"], "x"):
+                self.taken = []
+                while len(self.taken) < MOST_MB // 64:
+                    self.taken.append(np.ones(64 << 20, np.uint8))
+                    time.sleep(0.02)
+        return answer
+
+
 for _way in (*ALL, *MIXTURES):
     gym.register(f"{_way}-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way})
     gym.register(f"{_way}InReset-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way, "at": 0})
+gym.register("Hungry-v0", Hungry, max_episode_steps=STEPS, kwargs={"pause_s": 0.05})
 gym.register("Unborn-v0", Unborn, max_episode_steps=STEPS)
 gym.register("Together-v0", Together, max_episode_steps=STEPS)

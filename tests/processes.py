@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from gsa.metrics import read_log
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen:
+    """`gsa finetune`, as a user starts it; what it prints is added to `file`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "deploy.cli", "finetune", *arguments]
+    with file.open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def kill_at(process: subprocess.Popen, run: Path, steps: int, name: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,16 +15,21 @@ import numpy as np
 import pytest
 
 from benchmarks import faults
+from deploy import algorithm
 from deploy import run as runs
 from gsa import config as configs
 from gsa.errors import GsaError, UsageError
 from gsa.metrics import read_log
 from gsa.schema import Controller
 from reports.record import read_run
+from tests.gym_counting import STEPS
+from tests.gym_faulty import MOST_MB
+from tests.processes import children, collected, start, wait_for
 from tests.test_hosting import SAYS
-from tests.test_runs import BUDGET, config, online
+from tests.test_runs import BUDGET, check_counts, config, online
 
 IMPORTS = ("tests.gym_faulty",)
+RUN_MB = 3_000  # of a run of two workers
 
 
 def faulty(out: Path, task: str, **changes):
@@ -112,6 +119,58 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_the_cause(deaths, 
     said = f"gsa: Worker 1 died {deaths} times in a row before its first agent step: its process crashed or was killed."
     assert said in " ".join(done.stderr.split()), done.stderr[-3000:]
     assert (tmp_path / "run" / "faults.jsonl").read_text().count('"fault"') == deaths
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("title", ["ReplayActor", "LearnerActor"])
+def test_a_run_outlives_a_service_that_hangs(title, tmp_path):
+    """It is stopped, not killed. Four environments a worker, so that one has four episodes on their way to a replay
+    service that does not answer: a worker that waits does not hang."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    changes = {
+        "task": "gym/SlowCounting-v0",
+        "workers": 2,
+        "envs": 4,
+        "budget_frames": 2 * BUDGET,
+        "env_timeout_s": 5.0,
+    }
+    configs.save(config(out, **changes), tmp_path / "config.yaml")
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert wait_for(process, lambda: collected(out) >= 6 * STEPS), log.read_text()[-3000:]
+        (hung,) = children(process.pid, f"ray::{title}")
+        os.kill(hung, signal.SIGSTOP)
+        assert process.wait(600) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    said = " ".join(log.read_text().split())
+    part = "the replay service" if title == "ReplayActor" else "the learner"
+    assert f"{part}: It has not answered for {algorithm.SILENT_S:.0f} s. It is killed" in said, said
+    assert f"{part}: back after" in said, said
+    assert "worker-" not in said, said
+    check_counts(out, 2 * BUDGET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_outlives_the_process_that_rays_memory_monitor_kills(tmp_path, monkeypatch):
+    """An environment takes memory until Ray kills somebody, and again until that is its worker."""
+    about = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+    total, free = int(about["MemTotal"]) >> 10, int(about["MemAvailable"]) >> 10
+    if free < RUN_MB + 1.5 * MOST_MB:
+        pytest.skip(f"the environment takes up to {MOST_MB} MB, and {free} MB are free")
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - (free - RUN_MB - MOST_MB / 4) / total))
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    monkeypatch.setenv("GSA_TEST_EATEN", str(tmp_path / "eaten"))
+    out = tmp_path / "run"
+    settings = config(out, task="gym/Hungry-v0", imports=IMPORTS, workers=2, budget_frames=2 * BUDGET)
+    done = distributed(settings, tmp_path)
+    print(done.stderr)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "eaten").exists()
+    assert "Its process was killed, as its node was short of memory." in " ".join(done.stderr.split()), done.stderr
+    check_counts(out, 2 * BUDGET)
 
 
 @pytest.mark.slow

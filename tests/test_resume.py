@@ -29,7 +29,7 @@ from learner.checkpoint import Checkpoints, read
 from learner.config import LearnerConfig
 from retrieval.store import TrajectoryStore
 from tests.gym_counting import STEPS
-from tests.processes import alive, children, collected, kill_at, wait_for
+from tests.processes import alive, children, collected, kill_at, start, wait_for
 from tests.test_runs import check_counts, config, online, pool  # noqa: F401
 
 GOOD = 11.0  # of 20; random actions make 7.5
@@ -230,13 +230,6 @@ def test_a_full_disk_costs_checkpoints_first_and_nothing_that_was_collected(prep
 
 
 # Over Ray and Redis
-
-
-def start(file: Path, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-m", "deploy.cli", "finetune", *arguments]
-    with file.open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 @pytest.mark.timeout(600)
