@@ -158,6 +158,8 @@ class GSA(Algorithm):
         for name in ("evaluator", "learner", "replay"):
             if actor := getattr(self, name, None):
                 ray.kill(actor)
+        for place in getattr(self, "_where", {}).values():
+            end_process(*place)  # one that hangs would be left behind
 
     def restore_env_runners(self, group: EnvRunnerGroup) -> list[int]:
         """RLlib's hook before each step. A worker gives back its old leases itself; weights come from Redis."""
@@ -250,6 +252,7 @@ class GSA(Algorithm):
         if self._evaluation is not None:
             ready, _ = ray.wait([self._evaluation], timeout=0)
             if not ready:
+                self._ask("the evaluator", self.evaluator, "report")
                 return {}
             reference, self._evaluation = self._evaluation, None
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from gsa.errors import GsaError, Unavailable
 
 GRACE_S = 15.0  # for the others to end by themselves once one has failed
 KILLED_S = 10.0  # for a process that was killed to be gone
+SAY_S = 1.0  # for a last sentence
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,10 +76,16 @@ class Budget:
 
     def _watch(self) -> None:
         if not self._over.wait(self._seconds):
-            said = f"Stopped without saving: that took longer than {self._seconds:g} s"
+            speaker = threading.Thread(target=self._say, daemon=True)  # who reads this may be gone, or stopped
+            speaker.start()
+            speaker.join(SAY_S)
+            os._exit(128 + signal.SIGTERM)
+
+    def _say(self) -> None:
+        said = f"Stopped without saving: that took longer than {self._seconds:g} s"
+        with contextlib.suppress(OSError):
             sys.stderr.write(f"gsa: {said}; to go on: gsa finetune --resume {self._run}\n")
             sys.stderr.flush()
-            os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -172,6 +172,10 @@ class EvaluatorActor:
     def evaluate(self, episodes: int) -> dict[str, float]:
         return self._evaluator.evaluate(episodes)
 
+    def report(self) -> dict[str, Any]:
+        """That it lives, also while it evaluates."""
+        return {"where": where()}
+
 
 def start_replay(config: FinetuneConfig, run: Path, name: str, sources: str) -> Any:
     """The replay service as a named actor that outlives its crashes, beside the driver, where the run folder is."""
@@ -183,7 +187,9 @@ def start_replay(config: FinetuneConfig, run: Path, name: str, sources: str) -> 
 
 def start_evaluator(config: FinetuneConfig, about: parts.Architecture, redis_url: str, sources: str) -> Any:
     """The evaluator, beside the driver if it can; Ray restarts it if it dies."""
-    actor = ray.remote(EvaluatorActor).options(num_cpus=1, max_restarts=-1, scheduling_strategy=_here(soft=True))
+    actor = ray.remote(EvaluatorActor).options(
+        num_cpus=1, max_restarts=-1, max_concurrency=2, scheduling_strategy=_here(soft=True)
+    )
     return actor.remote(config, about, redis_url, sources)
 
 
