@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from benchmarks import faults
-from deploy import algorithm
 from deploy import run as runs
 from gsa import config as configs
 from gsa.errors import GsaError, UsageError
@@ -153,7 +152,7 @@ def test_a_run_outlives_services_that_hang(tmp_path):
     finally:
         process.kill()
     said = " ".join(log.read_text().split())
-    assert said.count(f"It has not answered for {algorithm.SILENT_S:.0f} s. It is killed") >= 2, said
+    assert said.count("It has not answered for 180 s. It is killed") >= 2, said
     assert "worker-" not in said, said
     check_counts(out, 3 * BUDGET)
 
