@@ -123,7 +123,7 @@ def cut(
     """The batch of `refs`, in their order.
 
     Rewards are read only from the stores named in `reward_from`. With `out`, its arrays are overwritten and
-    shared with the batch returned. A `helper` cuts every second row meanwhile: one core copies at half the speed of
+    shared with the batch returned. A `helper` takes rows too, as fast as it can: one core copies at half the speed of
     the memory.
     """
     if out is None:
@@ -134,25 +134,25 @@ def cut(
     out.is_first[:, 0] = True
     out.discount[:, 0] = 1
     out.valid[:] = np.arange(length) < np.array([[len(ref)] for ref in refs])
-    share = 1 if helper is None else 2
+    left = iter(range(len(refs)))  # each row goes to who asks for it first
 
-    def cut_rows(first: int) -> None:
-        for b in range(first, len(refs), share):
+    def cut_rows() -> None:
+        for b in left:
             _cut_row(stores[refs[b].store], refs[b], refs[b].store in reward_from, out, b)
 
-    helped = None if helper is None else helper.submit(cut_rows, 1)
+    helped = None if helper is None else helper.submit(cut_rows)
     try:
-        cut_rows(0)
+        cut_rows()
     finally:
-        if helped is not None:
-            wait([helped])  # it writes to the same arrays
-    if helped is not None:
+        if helped is not None and not helped.cancel():  # it has begun, and writes to the same arrays
+            wait([helped])
+    if helped is not None and not helped.cancelled():
         helped.result(0)
     return dataclasses.replace(out, refs=tuple(refs))
 
 
 def helping_thread() -> Executor | None:
-    """Half of the work on each batch is this thread's, if there is a second core for it."""
+    """A thread that takes some of the work on each batch, if there is a second core for it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ThreadPoolExecutor(1, thread_name_prefix="cut") if cores > 1 else None
 

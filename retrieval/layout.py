@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ class Column:
         primitive = pa.from_numpy_dtype(self.dtype)
         return pa.fixed_shape_tensor(primitive, self.shape) if self.shape else primitive
 
-    @property
+    @functools.cached_property
     def step_bytes(self) -> int:
         """Of its value at one step."""
         return self.dtype.itemsize * math.prod(self.shape)

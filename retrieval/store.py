@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,17 @@ from retrieval.manifest import Manifest
 from retrieval.writer import Writer
 
 MAX_MAPS = 512  # shards mapped at a time: each holds a file descriptor, of which 1024 are usual
+MAX_PLACES = 4096  # trajectories of which it is kept at hand where they are, half a kilobyte each
+
+
+class _Place(NamedTuple):
+    """Where a trajectory is, and what it has."""
+
+    shard: int
+    layout: Layout
+    steps: int
+    has: int  # its optional arrays, as bits
+    extent: shard.Extent
 
 
 class TrajectoryStore:
@@ -44,6 +55,7 @@ class TrajectoryStore:
         self.recovery: list[str] = []  # what opening found lost, dropped or had back, a sentence each
         self._mutex = threading.RLock()
         self._maps: dict[int, mmap.mmap] = {}  # by shard
+        self._places: dict[int, _Place] = {}  # by row
         self._groups = threading.local()  # .depth: open `batch` blocks of a thread
         self._manifest = Manifest.load(path)  # before the lock: there may be no store
         self._lock = WriterLock(path) if write else None
@@ -154,8 +166,8 @@ class TrajectoryStore:
     def columns(self, row: int) -> Mapping[str, np.ndarray]:
         """The whole arrays of a trajectory by name: observations [T+1, …], the others [T, …]; what it does not have
         is not there. Without a codec they are read-only views of the mapped file and cost next to nothing."""
-        memory, steps, has, extent = self._place(row)
-        return shard.read_columns(memory, self._layout(row), steps, has, extent, self.codec)
+        memory, place = self._open(row)
+        return shard.read_columns(memory, place.layout, place.steps, place.has, place.extent, self.codec)
 
     def slice(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Observation rows start ≤ t < stop ≤ T+1 of a trajectory, and the steps between them.
@@ -163,10 +175,9 @@ class TrajectoryStore:
         n = stop − start observations and the n − 1 actions, discounts, … that led from each to the next. Without a
         codec these are views; copy what is to be kept or changed.
         """
-        memory, steps, has, extent = self._place(row)
+        memory, (_, layout, steps, has, extent) = self._open(row)
         if not 0 <= start < stop <= steps + 1:
             raise UsageError(f"No rows {start} to {stop} in row {row}: it has {steps} steps.")
-        layout = self._layout(row)
         rows = {c.name: stop - start - (not c.is_observation) for c in layout.columns if has_column(has, c.name)}
         if self.codec == "none":
             return {name: shard.view(memory, layout, extent.offsets, name, start, n) for name, n in rows.items()}
@@ -181,8 +192,7 @@ class TrajectoryStore:
         The fastest way out of a store, with or without a codec. UsageError for rows that there are not, FormatError
         where the trajectory is lost or damaged.
         """
-        memory, steps, has, extent = self._place(row)
-        layout = self._layout(row)
+        memory, (_, layout, steps, has, extent) = self._open(row)
         for name, (start, out) in wanted.items():
             if not 0 <= start <= start + len(out) <= layout.column(name).rows(steps) or not has_column(has, name):
                 raise UsageError(f"Row {row} has no {name} from {start} to {start + len(out)}: it has {steps} steps.")
@@ -299,7 +309,8 @@ class TrajectoryStore:
         return faults + [(None, fault) for fault in around]
 
     def _verify(self, row: int) -> None:
-        memory, *_, extent = self._place(row)
+        memory, place = self._open(row)
+        extent = place.extent
         path = recovery.shard_path(self.path, int(self._catalog.column("shard")[row]))
         begin = 0 if extent.start == shard.first_message(memory) else extent.start
         if shard.checksum(memory, begin, extent.end) != self._catalog.column("stored_crc")[row]:
@@ -307,22 +318,31 @@ class TrajectoryStore:
             raise FormatError(f"The bytes of {what} are not those that were written.")
         self.read(row, checked=True)
 
-    def _place(self, row: int) -> tuple[mmap.mmap, int, int, shard.Extent]:
-        """The map of the row's shard, its steps, its optional arrays, and where it is in the map."""
+    def _open(self, row: int) -> tuple[mmap.mmap, _Place]:
+        """The map of the row's shard, and where the row is in it."""
+        places = self._places  # before the catalog is read, which may be another by then
+        place = places.get(row) or self._find(row, places)
+        memory = self._maps.get(place.shard)
+        if memory is None or len(memory) < place.extent.end:
+            memory = shard.map_file(recovery.shard_path(self.path, place.shard))
+            if len(memory) < place.extent.end:
+                raise FormatError(f"Row {row} of the store {self.path} is lost: its shard is too short.")
+            with self._mutex:
+                if place.shard not in self._maps and len(self._maps) >= MAX_MAPS:
+                    del self._maps[next(iter(self._maps))]
+                self._maps[place.shard] = memory
+        return memory, place
+
+    def _find(self, row: int, places: dict[int, _Place]) -> _Place:
+        """Where the catalog says that the row is. It is put among `places`: what has a row never moves."""
         catalog = self._catalog
         if not catalog.readable[row]:
             raise FormatError(f"Row {row} of the store {self.path} (trajectory {catalog.id(row) or '?'}) is lost.")
-        extent, number = catalog.extent(row), int(catalog.column("shard")[row])
-        memory = self._maps.get(number)
-        if memory is None or len(memory) < extent.end:
-            memory = shard.map_file(recovery.shard_path(self.path, number))
-            if len(memory) < extent.end:
-                raise FormatError(f"Row {row} of the store {self.path} is lost: its shard is too short.")
-            with self._mutex:
-                if number not in self._maps and len(self._maps) >= MAX_MAPS:
-                    del self._maps[next(iter(self._maps))]
-                self._maps[number] = memory
-        return memory, int(catalog.length[row]), int(catalog.column("has")[row]), extent
+        shard_of, steps, has = (int(catalog.column(name)[row]) for name in ("shard", "length", "has"))
+        if len(places) >= MAX_PLACES:
+            places.clear()
+        place = places[row] = _Place(shard_of, self._layout(row), steps, has, catalog.extent(row))
+        return place
 
     def _require_writer(self) -> Writer:
         if self._writer is None:
@@ -336,4 +356,5 @@ class TrajectoryStore:
         self._manifest = Manifest.load(self.path)
         loaded = recovery.load_catalog(self.path, self._manifest, repair=self._lock is not None)
         self._catalog, self._log, notes = loaded
+        self._places = {}  # after the catalog: what is found in one before it goes to those before
         self.recovery += notes
