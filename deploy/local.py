@@ -48,7 +48,7 @@ class LocalRun:
         learner = dataclasses.replace(config.learner, publish_every_s=0.0, publish_bf16=False)
         by_count = dataclasses.replace(config, learner=learner)
         self.tuner = parts.fine_tuner(by_count, run)
-        self.learner = parts.learner_loop(by_count, self.tuner, self.replay.sample, parts.publish_to(self._publisher))
+        self.learner = parts.learner_loop(by_count, self.tuner, self.replay.sample, self._publisher)
         about = parts.Architecture.load(run)
         prior = _cloned(run) if about.prior else None
         self.worker = parts.env_worker(config, about, "local", self.replay, self.broadcast.subscriber(), prior)

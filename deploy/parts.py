@@ -122,16 +122,16 @@ def fine_tuner(config: FinetuneConfig, run: Path) -> FineTuner:
 
 
 def learner_loop(
-    config: FinetuneConfig, tuner: FineTuner, sample: Callable[[], Batch | None], publish: Callable[..., object]
+    config: FinetuneConfig, tuner: FineTuner, sample: Callable[[], Batch | None], publisher: Publisher
 ) -> LearnerLoop:
+    """A snapshot's version is the number of updates it has seen."""
     from learner.loop import LearnerLoop
 
-    return LearnerLoop(tuner, sample, publish, config.learner.publish_every, config.learner.publish_every_s)
+    def publish(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        publisher.publish(WeightSnapshot(int(meta["updates"]), tensors, meta))
 
-
-def publish_to(publisher: Publisher) -> Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], object]:
-    """The learner's way to publish: a snapshot's version is the number of updates it has seen."""
-    return lambda tensors, meta: publisher.publish(WeightSnapshot(int(meta["updates"]), tensors, meta))
+    every = config.learner.publish_every, config.learner.publish_every_s
+    return LearnerLoop(tuner, sample, publish, *every, publisher.lend)
 
 
 def headline(values: Mapping[str, float]) -> dict[str, float]:

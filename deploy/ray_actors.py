@@ -111,7 +111,7 @@ class LearnerActor:
             self._tuner.restore(restored.state["tuner"])
         ray.get(replay.rewind.remote(self._tuner.updates), timeout=DEADLINE_S)
         self._batches = RayBatchLink(replay)
-        self._loop = parts.learner_loop(config, self._tuner, self._batches.sample, parts.publish_to(self._weights))
+        self._loop = parts.learner_loop(config, self._tuner, self._batches.sample, self._weights)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._learn, name="learner", daemon=True)

@@ -23,7 +23,7 @@ import redis
 from gsa.errors import FormatError, SpecMismatch, StaleError, Unavailable
 from gsa.metrics import Meter
 from gsa.node_share import Memory, NodeShare
-from gsa.packing import Packed, pack
+from gsa.packing import Blank, Packed, pack
 from gsa.redis_link import Head, RedisLink
 from gsa.schema import WeightSnapshot
 
@@ -38,6 +38,10 @@ class Publisher(Protocol):
 
     epoch: int
     latest: int  # version at the head when the epoch was claimed, −1 where there was none: go on above it
+
+    def lend(self) -> Mapping[str, np.ndarray] | None:
+        """Arrays like those published last, to write to and publish: that spares the copy. Ours again once anything is
+        published. None where copies are made in any case."""
 
     def publish(self, snapshot: WeightSnapshot) -> bool:
         """Takes a copy to send. False if its version is not above the last one. StaleError once another learner has
@@ -79,6 +83,7 @@ class RedisPublisher:
         self._numbered, self._claimed = epoch is not None, False
         self._link, self._meter = RedisLink(url, run, group), Meter("broadcast")
         self._packing = threading.Lock()  # one at a time has room to copy to
+        self._lent: Blank | None = None
         self._changed = threading.Condition()  # guards what follows
         self._last: Packed | None = None
         self._sending: Packed | None = None
@@ -92,13 +97,21 @@ class RedisPublisher:
         self._thread = threading.Thread(target=self._run, name=f"publish-{group}", daemon=True)
         self._thread.start()
 
+    def lend(self) -> Mapping[str, np.ndarray] | None:
+        with self._packing:
+            self._lent = None
+            if self._last is None:
+                return None
+            self._lent = Blank(self._room(self._last.size), self._last.entries)
+            return self._lent.tensors
+
     def publish(self, snapshot: WeightSnapshot) -> bool:
         with self._packing:
             with self._changed:
                 self._check_fence()
                 if snapshot.version <= (self._last.version if self._last else -1):
                     return False
-            packed = pack(snapshot, self._room)
+            packed, self._lent = pack(snapshot, self._room, self._lent), None
             with self._changed:
                 self._last = packed  # one that was not sent yet is skipped: only the newest matters
                 self._changed.notify_all()
@@ -111,9 +124,10 @@ class RedisPublisher:
             return self._sent is self._last
 
     def _room(self, size: int) -> np.ndarray:
-        """Memory that no version under way is in."""
+        """Memory that no version under way is in, nor what is lent."""
         with self._changed:
-            used = [p.memory for p in (self._last, self._sending, self._sent) if p is not None]
+            parts = (self._last, self._sending, self._sent, self._lent)
+            used = [part.memory for part in parts if part is not None]
             free = [r for r in self._rooms if len(r) == size and not any(r is memory for memory in used)]
             room = free[0] if free else np.empty(size, np.uint8)
             self._rooms = [*used, room]
@@ -348,6 +362,9 @@ class MemoryPublisher:
     def __init__(self, broadcast: MemoryBroadcast, epoch: int, latest: int) -> None:
         self.epoch, self.latest = epoch, latest
         self._broadcast, self._meter = broadcast, Meter("broadcast")
+
+    def lend(self) -> None:
+        return None
 
     def publish(self, snapshot: WeightSnapshot) -> bool:
         tensors = {name: tensor.copy() for name, tensor in snapshot.tensors.items()}  # the learner's go on changing

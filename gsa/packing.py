@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ CHUNK_BYTES = 8 << 20
 ALIGN = 64  # of each tensor within the whole, so that views of it are aligned
 MAX_BYTES = 16 << 30  # a manifest that claims more is refused before memory is taken
 MAX_AXES = 32
+Value = tuple[int, Iterable[memoryview]]  # its size, and its bytes in pieces
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool", "bfloat16")
 
 
@@ -50,21 +51,49 @@ class Packed:
         }).encode()  # fmt: skip
 
 
-def pack(snapshot: WeightSnapshot, room: Callable[[int], np.ndarray] | None = None) -> Packed:
-    """A copy of the snapshot, in `room(bytes)` if given: uint8 [bytes], overwritten. FormatError for a dtype or meta
-    that cannot be published."""
-    meta, entries, end = _plain(snapshot.meta), [], 0
-    for name, tensor in snapshot.tensors.items():
+@dataclass(frozen=True)
+class Blank:
+    """Memory laid out for a snapshot's tensors, to be written to."""
+
+    memory: np.ndarray  # [bytes] uint8
+    entries: tuple[tuple[str, str, list[int], int], ...]  # as those of Packed
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Views of the memory."""
+        return {name: _view(self.memory, dtype, shape, offset) for name, dtype, shape, offset in self.entries}
+
+    def holds(self, tensors: Mapping[str, np.ndarray]) -> bool:
+        """Whether these are the arrays that `tensors` gives, so that nothing is left to copy."""
+        own = self.tensors
+        return list(own) == list(tensors) and all(_is_same(own[name], tensors[name]) for name in own)
+
+
+def pack(
+    snapshot: WeightSnapshot, room: Callable[[int], np.ndarray] | None = None, blank: Blank | None = None
+) -> Packed:
+    """A copy of the snapshot, in `room(bytes)` if given: uint8 [bytes], overwritten. None is made of tensors that were
+    written to `blank`. FormatError for a dtype or meta that cannot be published."""
+    meta = _plain(snapshot.meta)
+    if blank is None or not blank.holds(snapshot.tensors):
+        blank = _laid_out(snapshot.tensors, room or (lambda size: np.empty(size, np.uint8)))
+        for name, copy in blank.tensors.items():
+            _bits(copy)[...] = _bits(snapshot.tensors[name])
+    return Packed(snapshot.version, blank.memory, blank.entries, meta)
+
+
+def _laid_out(tensors: Mapping[str, np.ndarray], room: Callable[[int], np.ndarray]) -> Blank:
+    entries, end = [], 0
+    for name, tensor in tensors.items():
         dtype = "bfloat16" if tensor.dtype == BFLOAT16 else str(tensor.dtype)
         if dtype not in DTYPES:
             raise FormatError(f"Tensor {name} is of dtype {dtype}; published are {', '.join(DTYPES)}.")
         entries.append((name, dtype, list(tensor.shape), end))
         end += _aligned(tensor.nbytes)
-    whole = np.empty(end, np.uint8) if room is None else room(end)
-    for (_, dtype, shape, offset), tensor in zip(entries, snapshot.tensors.values(), strict=True):
-        _bits(_view(whole, dtype, shape, offset))[...] = _bits(tensor)
+    whole = room(end)
+    for (*_, offset), tensor in zip(entries, tensors.values(), strict=True):
         whole[offset + tensor.nbytes : offset + _aligned(tensor.nbytes)] = 0
-    return Packed(snapshot.version, whole, tuple(entries), meta)
+    return Blank(whole, tuple(entries))
 
 
 class Room(Protocol):
@@ -78,28 +107,39 @@ class Room(Protocol):
 
 
 def receive(
-    manifest: bytes, order: tuple[int, int], fetch: Callable[[int, int], tuple[memoryview, int] | None], room: Room
+    manifest: bytes,
+    head: tuple[int, int, int],
+    fetch: Callable[[], tuple[int, Iterable[memoryview]] | None],
+    room: Room,
 ) -> bytes | None:
-    """Fetches what `manifest` describes into `room`. It must be of the epoch and version of `order`.
+    """Fetches what `manifest` describes into `room`. It must be of the epoch, version and chunks of `head`.
 
-    `fetch(i, size)` gives chunk i, which should have that size, and its CRC-32, good until it is called again; None
-    where it is gone, and then this is None too. Manifest and chunks are not trusted: FormatError where they do not
-    fit together. Returns the description that `snapshot` takes with the memory.
+    `fetch()` gives the next chunk: its size, and its bytes in pieces, each good until the next; None where it is gone,
+    and then this is None too. Manifest and chunks are not trusted: FormatError where they do not fit together; room
+    has then bytes of no use in it. Returns the description that `snapshot` takes with the memory.
     """
     data = _read_manifest(manifest)
-    if (data["epoch"], data["version"]) != order:
-        raise FormatError(f"The manifest of version {order[1]} is that of {data['version']}.")
+    if (data["epoch"], data["version"], len(data["crc32"])) != head:
+        raise FormatError(f"The manifest of version {head[1]} is that of {data['version']}, or of other chunks.")
     room.reserve(data["bytes"])
     for i, expected in enumerate(data["crc32"]):
         at = i * data["chunk_bytes"]
-        size = min(data["chunk_bytes"], data["bytes"] - at)
-        if (fetched := fetch(i, size)) is None:
+        if (fetched := fetch()) is None:
             return None
-        chunk, checksum = fetched
-        if len(chunk) != size or checksum != expected:
+        size, pieces = fetched
+        if size != min(data["chunk_bytes"], data["bytes"] - at) or _write(pieces, at, room) != expected:
             raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
-        room.write(at, chunk)
     return json.dumps({key: data[key] for key in ("epoch", "version", "meta", "tensors")}).encode()
+
+
+def _write(pieces: Iterable[memoryview], at: int, room: Room) -> int:
+    """Puts the pieces there, from byte `at` on; their CRC-32."""
+    checksum = 0
+    for piece in pieces:
+        checksum = crc32(piece, checksum)
+        room.write(at, piece)
+        at += len(piece)
+    return checksum
 
 
 def snapshot(description: bytes, whole: np.ndarray) -> WeightSnapshot:
@@ -157,6 +197,12 @@ def _aligned(size: int) -> int:
 def _bits(array: np.ndarray) -> np.ndarray:
     """The array, or that of a BFLOAT16's bits, which is copied many times faster."""
     return array["bfloat16"] if array.dtype == BFLOAT16 else array
+
+
+def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether they are one array."""
+    places = (x.__array_interface__["data"] for x in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and a.strides == b.strides and len({*places}) == 1
 
 
 def _view(whole: np.ndarray, dtype: str, shape: list[int], offset: int) -> np.ndarray:

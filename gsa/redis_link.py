@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import redis
 from isal.isal_zlib import crc32
 from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.retry import Retry
 
+from gsa import redis_wire
 from gsa.errors import FormatError, StaleError, UsageError
 from gsa.packing import Packed, Room, receive
 
@@ -38,6 +37,7 @@ ANCHOR_S = 20  # one in so many seconds stays that long: a fetch may take GRACE_
 RECENT = 3  # of the others so many stay
 VERSIONS = 1 + RECENT + 1 + GRACE_S // ANCHOR_S + 1  # head, recent, anchors, and one that is being sent
 UNFINISHED_S = 600  # longer than sending one takes
+MAX_MANIFEST_BYTES = 64 << 20
 SOCKET_TIMEOUT_S = 5.0
 _GO_ON = "Workers act on with the weights they have."
 
@@ -113,8 +113,7 @@ class RedisLink:
                 f"Not the URL of a server ({error}), which is like redis://:password@host:6379/0."
             ) from None
         self._claim, self._flip = self._redis.register_script(_CLAIM), self._redis.register_script(_FLIP)
-        self._scratch = np.empty(0, np.uint8)  # where a chunk is received; the same memory each time, as fresh is slow
-        self._checksums = ThreadPoolExecutor(1, thread_name_prefix="checksums")
+        self._buffer = memoryview(bytearray(redis_wire.PIECE_BYTES))  # the same each time: fresh memory is slow
 
     def head(self) -> Head | None:
         """None where nothing was published, or the server was emptied."""
@@ -142,31 +141,53 @@ class RedisLink:
 
         None where it was superseded and has expired since. FormatError where it is damaged.
         """
-        manifest, *chunks = self._keys(head)
-        described = self._get(manifest)
-        if described is None:
-            return None
-        return receive(described, head[:2], lambda i, size: self._get_chunk(chunks[i], size), room)
+        with redis_wire.values(self._redis, self._keys(head), self._buffer) as values:
+            if (described := values.next()) is None:
+                return None
+            size, pieces = described
+            if size > MAX_MANIFEST_BYTES:
+                raise FormatError(f"A manifest of {size} bytes; at most {MAX_MANIFEST_BYTES} are read.")
+            return receive(b"".join(map(bytes, pieces)), head, values.next, room)
 
     def send(self, packed: Packed, epoch: int) -> None:
-        """Puts the version on the server, then makes it the head. StaleError where a higher epoch was claimed."""
-        manifest, *chunks = self._keys(head := Head(epoch, packed.version, len(packed.chunks)))
-        checksums = [self._checksums.submit(crc32, chunk) for chunk in packed.chunks]  # while chunks are sent
-        try:
-            for key, value in zip(chunks, packed.chunks, strict=True):
-                self._redis.set(key, value, ex=UNFINISHED_S)
-            self._redis.set(manifest, packed.manifest(epoch, [c.result() for c in checksums]), ex=UNFINISHED_S)
-        except redis.exceptions.OutOfMemoryError:
-            for key in chunks:
+        """Puts the version on the server and makes it the head, all in one go. StaleError where a higher epoch was
+        claimed."""
+        head = Head(epoch, packed.version, len(packed.chunks))
+        *replies, flipped = redis_wire.together(self._redis, self._sending(packed, head))
+        refused = next((reply for reply in replies if isinstance(reply, redis.RedisError)), None)
+        if isinstance(refused, redis.exceptions.OutOfMemoryError):
+            for key in self._keys(head):
                 self._redis.expire(key, 0)  # what fitted in would be in the way of the next
-            raise
-        self.flip(head)
+        if refused is not None:
+            raise refused
+        if isinstance(flipped, redis.exceptions.NoScriptError):
+            self.flip(head)
+        else:
+            self._flipped(head, flipped)
+
+    def _sending(self, packed: Packed, head: Head) -> Iterator[tuple[Any, ...]]:
+        """The commands. Each chunk's checksum is computed while the server takes it in."""
+        manifest, *chunks = self._keys(head)
+        checksums = []
+        for key, chunk in zip(chunks, packed.chunks, strict=True):
+            yield "SET", key, chunk, "EX", UNFINISHED_S
+            checksums.append(crc32(chunk))
+        yield "SET", manifest, packed.manifest(head.epoch, checksums), "EX", UNFINISHED_S
+        keys, arguments = self._flipping(head)
+        yield "EVALSHA", self._flip.sha, len(keys), *keys, *arguments
 
     def flip(self, head: Head) -> None:
+        """Makes a version that is on the server the head."""
+        self._flipped(head, self._flip(*self._flipping(head)))
+
+    def _flipping(self, head: Head) -> tuple[list[str], list[int | str]]:
+        """Keys and arguments of the script."""
         keys = [self._epoch, self._head, self._recent, self._anchor, *self._keys(head)]
-        limits = [GRACE_S, ANCHOR_S, RECENT]
-        arguments: list[int | str] = [head.epoch, head.version, self._notice, self.prefix, *limits]
-        result = self._flip(keys, arguments)
+        return keys, [head.epoch, head.version, self._notice, self.prefix, GRACE_S, ANCHOR_S, RECENT]
+
+    def _flipped(self, head: Head, result: Any) -> None:
+        if isinstance(result, redis.RedisError):
+            raise result
         if result == b"fenced":
             raise self.fenced(head.epoch)
         if result != b"flipped":  # incomplete: the server was emptied meanwhile
@@ -235,76 +256,13 @@ class RedisLink:
 
     def close(self) -> None:
         self._redis.close()
-        self._checksums.shutdown(wait=False)
 
     def _get(self, key: str) -> bytes | None:
         return self._redis.get(key)  # type: ignore[return-value]  # bytes, as responses are not decoded
 
-    def _get_chunk(self, key: str, size: int) -> tuple[memoryview, int] | None:
-        """The value, which should have `size` bytes, and its CRC-32; None where there is none.
-
-        The client's own way to get a value copies it three times and holds the interpreter meanwhile, from the
-        thread that acts. So the reply is read from the connection's socket; what is not as expected is left to
-        the client, on a fresh connection.
-        """
-        if len(self._scratch) < size:
-            self._scratch = np.empty(size, np.uint8)
-        into = memoryview(self._scratch)[:size]
-        pool = self._redis.connection_pool
-        connection: Any = pool.get_connection()
-        try:
-            connection.send_command("GET", key)
-            checksum = _receive_bulk(connection._sock, into)
-            if checksum is None:
-                connection.disconnect()
-        except (TimeoutError, OSError) as error:
-            connection.disconnect()
-            kind = redis.TimeoutError if isinstance(error, TimeoutError) else redis.ConnectionError
-            raise kind(str(error) or "the connection was closed") from None
-        except BaseException:
-            connection.disconnect()
-            raise
-        finally:
-            pool.release(connection)
-        if checksum is not None:
-            return into, checksum
-        value = self._get(key)
-        return None if value is None else (memoryview(value), crc32(value))
-
     def _keys(self, head: Head) -> list[str]:
         """The manifest's, then the chunks'. The epoch is in them, so that a stale learner overwrites nothing."""
         return [f"{self.prefix}:{head.epoch}:{head.version}:{part}" for part in ("manifest", *range(head.chunks))]
-
-
-def _receive_bulk(sock: socket.socket, into: memoryview) -> int | None:
-    """Reads one bulk string of exactly len(into) bytes and gives its CRC-32, computed piece by piece while the next is
-    under way. None where the reply is another: the connection is spoilt."""
-    expected = b"$%d\r\n" % len(into)
-    begun = bytearray(len(expected) + min(len(into) + 2, 64))
-    got = 0
-    while got < len(expected):
-        got += _some(sock, memoryview(begun)[got:])
-        if not expected.startswith(begun[: min(got, len(expected))]):
-            return None
-    early = memoryview(begun)[len(expected) : got]
-    inside = min(len(early), len(into))
-    into[:inside] = early[:inside]
-    checksum = crc32(into[:inside])
-    end = bytearray(early[inside:])
-    while inside < len(into):
-        n = _some(sock, into[inside:])
-        checksum = crc32(into[inside : inside + n], checksum)
-        inside += n
-    while len(end) < 2:
-        more = bytearray(2 - len(end))
-        end += more[: _some(sock, memoryview(more))]
-    return checksum
-
-
-def _some(sock: socket.socket, into: memoryview) -> int:
-    if (n := sock.recv_into(into)) == 0:
-        raise ConnectionResetError("the server closed the connection")
-    return n
 
 
 def _about_tls(error: Exception) -> bool:

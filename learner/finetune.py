@@ -33,7 +33,6 @@ class FineTuner:
         model = agent.world_model
         model.config = dataclasses.replace(model.config, precision=config.compute.precision)
         self.updates = 0
-        self._snapshot: dict[str, np.ndarray] | None = None
         self._generator = torch.Generator(self.device)
         self._graphs = Graphs(self.device, config.compute.compile)
         self._optimisers = {
@@ -75,10 +74,10 @@ class FineTuner:
         start, weight = imagination_starts(states, data, self.agent.config.imagination_starts, generator)
         return self.agent.actor_loss(start, weight, generator)
 
-    def snapshot(self) -> dict[str, np.ndarray]:
-        """Copies of the weights that acting needs, by name: what is published. Good until the next call."""
-        self._snapshot = self.agent.acting_tensors(self.config.publish_bf16, self._snapshot)
-        return self._snapshot
+    def snapshot(self, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Copies of the weights that acting needs, by name: what is published. In `out`, if given, which is like what
+        an earlier call returned."""
+        return self.agent.acting_tensors(self.config.publish_bf16, out)
 
     def state(self) -> dict[str, Any]:
         """All that continues the training exactly. The tensors are the live ones: save or copy them at once."""

@@ -25,14 +25,14 @@ class Tuner(Protocol):
 
     def update(self, batch: Batch) -> dict[str, float]: ...
 
-    def snapshot(self) -> dict[str, np.ndarray]: ...
+    def snapshot(self, out: Tensors | None = None) -> Tensors: ...
 
 
 class LearnerLoop:
     """Owns the rhythm of learning: it waits where `sample` has nothing, and publishes as often as asked for, at most.
 
     `sample` gives a batch, or None where the rate limiter says wait. `publish` takes the acting tensors and
-    {"updates": n}; it copies what it keeps of them.
+    {"updates": n}; it copies what it keeps of them, unless they are the arrays that `lend` gave to write them to.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class LearnerLoop:
         publish: Publish,
         publish_every: int = 1,
         publish_every_s: float = 0.0,
+        lend: Callable[[], Tensors | None] = lambda: None,
     ) -> None:
-        self.tuner, self._sample, self._publish = tuner, sample, publish
+        self.tuner, self._sample, self._publish, self._lend = tuner, sample, publish, lend
         self.publish_every, self.publish_every_s = publish_every, publish_every_s
         self._published_updates: int | None = None
         self._published_at = 0.0
@@ -82,7 +83,7 @@ class LearnerLoop:
         """Publishes the weights as they are, unless they are the ones published last."""
         if self._published_updates == self.tuner.updates:
             return
-        self._publish(self.tuner.snapshot(), {"updates": self.tuner.updates})
+        self._publish(self.tuner.snapshot(self._lend()), {"updates": self.tuner.updates})
         self._published_updates, self._published_at = self.tuner.updates, time.monotonic()
         self._meter.count("published")
 

@@ -1,17 +1,17 @@
 """The weight broadcast: one contract for both twins, then what only a real server can do to us."""
 
+import itertools
 import random
 import subprocess
 import sys
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
 import redis
 
-from gsa import packing, redis_link
+from gsa import packing, redis_link, redis_wire
 from gsa.broadcast import MemoryBroadcast, RedisPublisher, RedisSubscriber
 from gsa.errors import FormatError, SpecMismatch, StaleError, Unavailable, UsageError
 from gsa.node_share import Memory
@@ -103,6 +103,23 @@ class TestContract:
             tensor[...] = 99
         assert_whole(subscriber.wait(1, SOON_S), 1)
 
+    def test_what_was_lent_is_published_and_may_not_be_what_is_sent_next(self, twin):
+        """Each version is written to what the publisher lends, while those before are on their way or kept."""
+        publisher, subscriber = twin.publisher(), twin.subscriber()
+        assert publisher.lend() is None
+        publisher.publish(snapshot(0))
+        for version in range(1, 30):
+            new = snapshot(version)
+            lent = publisher.lend() or {name: tensor.copy() for name, tensor in new.tensors.items()}
+            for name, tensor in new.tensors.items():
+                lent[name][...] = tensor
+            publisher.publish(WeightSnapshot(version, lent, new.meta))
+            if version % 7 == 0:
+                assert publisher.flush(SOON_S)
+            if version % 5 == 0:
+                assert_whole(subscriber.wait(version, SOON_S), version)
+        assert_whole(subscriber.wait(29, SOON_S), 29)
+
     def test_received_tensors_cannot_be_changed(self, twin):
         publisher, subscriber = twin.publisher(), twin.subscriber()
         publisher.publish(snapshot(1))
@@ -161,20 +178,22 @@ class TestContract:
 # The bytes
 
 
-def unpack(manifest, get, order=(1, 1)):
-    """What a subscriber makes of the manifest and of get(i), the chunks."""
-    memory = Memory()
+def unpack(manifest, get, head=(1, 1, 1)):
+    """What a subscriber makes of the manifest and of get(i), the chunks, which come in pieces."""
+    memory, count = Memory(), itertools.count()
 
-    def fetch(i, size):
-        return None if (chunk := get(i)) is None else (memoryview(chunk), zlib.crc32(chunk))
+    def fetch():
+        if (chunk := get(next(count))) is None:
+            return None
+        return len(chunk), [memoryview(chunk)[i : i + 5000] for i in range(0, len(chunk), 5000)]
 
-    description = packing.receive(manifest, order, fetch, memory)
+    description = packing.receive(manifest, head, fetch, memory)
     return None if description is None else memory.seal(description)
 
 
 def through_the_wire(weights):
     packed = packing.pack(weights)
-    return unpack(packed.manifest(1), lambda i: bytes(packed.chunks[i]))
+    return unpack(packed.manifest(1), lambda i: bytes(packed.chunks[i]), (1, 1, len(packed.chunks)))
 
 
 def test_every_dtype_and_shape_survives():
@@ -203,8 +222,9 @@ def test_damaged_bytes_are_refused():
         with pytest.raises(FormatError, match="Chunk 0 of version 1 is damaged"):
             unpack(manifest, lambda i, wrong=wrong: wrong)
     assert unpack(manifest, lambda i: None) is None
-    with pytest.raises(FormatError, match="The manifest of version 2 is that of 1"):
-        unpack(manifest, lambda i: chunk, order=(1, 2))
+    for head in ((1, 2, 1), (2, 1, 1), (1, 1, 2)):
+        with pytest.raises(FormatError, match=f"The manifest of version {head[1]} is that of 1"):
+            unpack(manifest, lambda i: chunk, head)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +278,18 @@ def test_in_many_chunks(server, run, monkeypatch):
         assert len(client.keys(f"gsa:{run}:policy:*:1:*")) == 14
 
 
+def test_lent_arrays_are_sent_from_where_they_are(server, run):
+    with closing(RedisPublisher(server.url, run)) as (publisher,):
+        publisher.publish(snapshot(0))
+        lent = publisher.lend()
+        publisher.publish(WeightSnapshot(1, lent))
+        assert np.shares_memory(publisher._last.memory, lent["encoder.weight"])
+        other = publisher.lend()
+        assert not any(np.shares_memory(other[name], lent[name]) for name in lent if lent[name].size)
+        publisher.publish(WeightSnapshot(2, dict(reversed(other.items()))))  # another order: as any other snapshot
+        assert not np.shares_memory(publisher._last.memory, other["steps"])
+
+
 def test_superseded_versions_expire_and_the_newest_does_not(server, run):
     client = redis.Redis.from_url(server.url)
     with closing(RedisPublisher(server.url, run)) as (publisher,):
@@ -302,20 +334,19 @@ def test_who_is_too_slow_for_every_version_still_gets_some(server, run, monkeypa
     monkeypatch.setattr(packing, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(redis_link, "ANCHOR_S", 1)
     with closing(RedisPublisher(server.url, run), RedisSubscriber(server.url, run)) as (publisher, subscriber):
-        link, version = subscriber._link, 0
-        get, publish = link._get_chunk, publisher.publish
+        version, read, publish = 0, redis_wire.Values.next, publisher.publish
 
-        def overtaken(key, size):
+        def overtaken(values):
             nonlocal version
-            chunk, head = get(key, size), link.head()
-            if f":{head.version}:" in key and not publisher._closed:
+            found = read(values)
+            if values._keys[0].endswith(f":{version}:manifest") and values._answered == 2 and not publisher._closed:
                 for _ in range(redis_link.RECENT + 2):
                     version += 1
                     publish(snapshot(version))
                     publisher.flush(SOON_S)
-            return chunk
+            return found
 
-        monkeypatch.setattr(link, "_get_chunk", overtaken)
+        monkeypatch.setattr(redis_wire.Values, "next", overtaken)
         publish(snapshot(version))
         received = subscriber.wait(0, SOON_S)
         for _ in range(20):  # one in five becomes the anchor while it is being fetched
