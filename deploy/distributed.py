@@ -23,7 +23,7 @@ CONNECT_S = 10.0
 START_TRIES = 3  # of a Ray of our own, which gives itself 30 s to come up: too few where the machine is busy
 JOIN_S = 90.0  # for nodes to join a cluster, also those of a head that is gone, and for a killed driver's to be free
 SAVE_S = 15.0  # for what the learner has learned to be on disk, once the run is told to stop
-STALLED_S = 300.0  # neither a step collected nor one replayed for so long: something hangs that nobody restarts
+STALLED_S = 600.0  # neither collected nor replayed: what hangs is not restarted in time, which is 180 s and a start
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
