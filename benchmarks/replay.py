@@ -11,10 +11,11 @@ pause after it so that nobody's workers run into the next one's turn:
     torchrl         two TensorDictReplayBuffers, memmap storage and slice sampler, for 12 and 4 slices
     rllib           one EpisodeReplayBuffer for all 16 rows
 
-Ours cut with two threads where there are two cores, TorchRL samples two batches ahead in threads, the reference has
-eight processes; memcpy and RLlib's buffer, which has no such setting, run in one thread. Peers give what they give:
-none of them masks short episodes or tells where a row is from. Goals: twice the best peer in-process, and 60 % of
-in-process over Ray.
+One thread copies sequences from mapped files as fast as from memory, with large pages or without: memcpy is the most
+that one thread of ours can do, and Python's work on addresses and short arrays comes on top. Ours cut with two threads
+where there are two cores, TorchRL samples two batches ahead in threads, the reference has eight processes; memcpy and
+RLlib's buffer, which has no such setting, run in one thread. Peers give what they give: none of them masks short
+episodes or tells where a row is from. Goals: twice the best peer in-process, and 60 % of in-process over Ray.
 
 Memory: 10⁶ agent steps in episodes of 500, of 16×16 RGB images, are collected and one batch sampled for each
 episode; the anonymous memory of the process (RssAnon) is fitted by a line over the second half. The goal, 32 bytes a

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from gsa.errors import FormatError, SpecMismatch, UsageError
 from gsa.schema import ArraySpec, Batch, SequenceRef, Spec
+from retrieval.shard import Copy
 from retrieval.store import TrajectoryStore
 
 
@@ -123,8 +124,7 @@ def cut(
     """The batch of `refs`, in their order.
 
     Rewards are read only from the stores named in `reward_from`. With `out`, its arrays are overwritten and
-    shared with the batch returned. A `helper` takes rows too, as fast as it can: one core copies at half the speed of
-    the memory.
+    shared with the batch returned. A `helper` copies, too: one core does it at half the speed of the memory.
     """
     if out is None:
         specs = [stores[ref.store].spec(ref.trajectory) for ref in refs]
@@ -134,20 +134,10 @@ def cut(
     out.is_first[:, 0] = True
     out.discount[:, 0] = 1
     out.valid[:] = np.arange(length) < np.array([[len(ref)] for ref in refs])
-    left = iter(range(len(refs)))  # each row goes to who asks for it first
-
-    def cut_rows() -> None:
-        for b in left:
-            _cut_row(stores[refs[b].store], refs[b], refs[b].store in reward_from, out, b)
-
-    helped = None if helper is None else helper.submit(cut_rows)
-    try:
-        cut_rows()
-    finally:
-        if helped is not None and not helped.cancel():  # it has begun, and writes to the same arrays
-            wait([helped])
-    if helped is not None and not helped.cancelled():
-        helped.result(0)
+    # First all that Python has to do, then all copies: they push the one out of the processor's cache.
+    rewarded = [ref.store in reward_from for ref in refs]
+    rows = [_cut_row(stores[ref.store], ref, rewarded[b], out, b) for b, ref in enumerate(refs)]
+    _call([copy for row in rows for copy in row], helper)
     return dataclasses.replace(out, refs=tuple(refs))
 
 
@@ -157,7 +147,26 @@ def helping_thread() -> Executor | None:
     return ThreadPoolExecutor(1, thread_name_prefix="cut") if cores > 1 else None
 
 
-def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: Batch, b: int) -> None:
+def _call(calls: Sequence[Callable[[], None]], helper: Executor | None) -> None:
+    """Each of them, by whichever of the two threads is free."""
+    left = iter(calls)
+
+    def some() -> None:
+        for call in left:
+            call()
+
+    helped = None if helper is None else helper.submit(some)
+    try:
+        some()
+    finally:
+        if helped is not None and not helped.cancel():  # it has begun, and writes to the same arrays
+            wait([helped])
+    if helped is not None and not helped.cancelled():
+        helped.result(0)
+
+
+def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: Batch, b: int) -> list[Copy]:
+    """Fills row b but for what remains to be copied."""
     n, start = len(ref), ref.start
     dim = store.spec(ref.trajectory).action_dim
     wanted = {name: (start, rows[b, :n]) for name, rows in out.observation.items()}
@@ -172,7 +181,7 @@ def _cut_row(store: TrajectoryStore, ref: SequenceRef, with_reward: bool, out: B
         first = 1 - min(start, 1)  # the reward that led to row 0 is one step earlier, if there is one
         wanted["reward"] = start + first - 1, out.reward[b, first:n]
         out.reward_mask[b, first:n] = True
-    store.copy(ref.trajectory, wanted)
+    return store.copies(ref.trajectory, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from retrieval.files import BlockFile
 from retrieval.layout import MAX_BYTES, SPEC_KEY, Column, Layout, arrays_of, has_column, require_codec
 
 Wanted = Mapping[str, tuple[int, np.ndarray]]  # column → (first row, array [n, …] for n rows from there on)
+Copy = Callable[[], None]
+SHORT_BYTES = 1 << 14  # a copy that is faster than what it takes to put it off
 MAX_SCHEMA_BYTES = 1 << 24
 MAGIC_BYTES = 8  # "ARROW1" and padding, before the first message
 NOTE_KEY = b"gsa:trajectory"
@@ -147,7 +150,7 @@ def read_columns(
     if (steps + 1) * sum(c.step_bytes for c in columns) > MAX_BYTES:
         raise FormatError(f"A trajectory of {steps} steps is larger than the {MAX_BYTES} bytes that are read at once.")
     out = {c.name: np.empty((c.rows(steps), *c.shape), c.dtype) for c in columns}
-    copy(memory, layout, steps, extent, codec, {name: (0, array) for name, array in out.items()})
+    _unpack(memory, layout, steps, extent, codec, {name: (0, array) for name, array in out.items()})
     return out
 
 
@@ -161,13 +164,23 @@ def view(memory: mmap.mmap, layout: Layout, offsets: Sequence[int], name: str, s
     return np.ndarray((rows, *column.shape), column.dtype, memory, first)
 
 
-def copy(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: str, wanted: Wanted) -> None:
-    """Copies rows of columns that the trajectory has into the arrays given. With a codec decompresses only the
-    record batches and buffers that hold them. Raises FormatError."""
-    if codec == "none":
-        for name, (start, out) in wanted.items():
-            out[...] = view(memory, layout, extent.offsets, name, start, len(out))
-        return
+def copies(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: str, wanted: Wanted) -> list[Copy]:
+    """Copies rows of columns that the trajectory has into the arrays given, if these are short; returns what does it
+    for the others, to be called in any thread. With a codec it decompresses only the record batches and buffers that
+    hold them. Raises FormatError, now or then."""
+    if codec != "none":
+        return [partial(_unpack, memory, layout, steps, extent, codec, wanted)]
+    left: list[Copy] = []
+    for name, (start, out) in wanted.items():
+        source = view(memory, layout, extent.offsets, name, start, len(out))
+        if out.nbytes <= SHORT_BYTES:
+            out[...] = source
+        else:
+            left.append(partial(out.__setitem__, ..., source))
+    return left
+
+
+def _unpack(memory: mmap.mmap, layout: Layout, steps: int, extent: Extent, codec: str, wanted: Wanted) -> None:
     size, bounds, raw = layout.chunk_rows, (*extent.offsets, extent.end), memoryview(memory)
     first = min(start for start, _ in wanted.values()) // size
     last = -(-max(start + len(out) for start, out in wanted.values()) // size)

@@ -183,20 +183,23 @@ class TrajectoryStore:
             return {name: shard.view(memory, layout, extent.offsets, name, start, n) for name, n in rows.items()}
         columns = [(layout.column(name), n) for name, n in rows.items()]
         out = {c.name: np.empty((n, *c.shape), c.dtype) for c, n in columns}
-        shard.copy(memory, layout, steps, extent, self.codec, {name: (start, array) for name, array in out.items()})
+        wanted = {name: (start, array) for name, array in out.items()}
+        for copy in shard.copies(memory, layout, steps, extent, self.codec, wanted):
+            copy()
         return out
 
-    def copy(self, row: int, wanted: shard.Wanted) -> None:
+    def copies(self, row: int, wanted: shard.Wanted) -> list[shard.Copy]:
         """Copies rows of a trajectory's arrays into arrays: name → (first row, destination [n, …] for n rows).
 
-        The fastest way out of a store, with or without a codec. UsageError for rows that there are not, FormatError
-        where the trajectory is lost or damaged.
+        The fastest way out of a store, with or without a codec. Short copies are made at once; those returned are to
+        be called, in any order and by any thread. UsageError for rows that there are not, FormatError where the
+        trajectory is lost or, by a copy, damaged.
         """
         memory, (_, layout, steps, has, extent) = self._open(row)
         for name, (start, out) in wanted.items():
             if not 0 <= start <= start + len(out) <= layout.column(name).rows(steps) or not has_column(has, name):
                 raise UsageError(f"Row {row} has no {name} from {start} to {start + len(out)}: it has {steps} steps.")
-        shard.copy(memory, layout, steps, extent, self.codec, wanted)
+        return shard.copies(memory, layout, steps, extent, self.codec, wanted)
 
     def _layout(self, row: int) -> Layout:
         return self._manifest.layouts[self._catalog.embodiment[row]]

@@ -278,6 +278,33 @@ def test_in_many_chunks(server, run, monkeypatch):
         assert len(client.keys(f"gsa:{run}:policy:*:1:*")) == 14
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda client, manifest, chunk: (client.delete(chunk), client.rpush(chunk, "a")), "WRONGTYPE"),
+        (lambda client, manifest, chunk: client.append(chunk, "a"), "Chunk 0 of version 1 is damaged"),
+        (lambda client, manifest, chunk: client.setrange(chunk, 5000, "a"), "Chunk 0 of version 1 is damaged"),
+        (
+            lambda client, manifest, chunk: client.set(manifest, bytes(redis_link.MAX_MANIFEST_BYTES + 1)),
+            "A manifest of",
+        ),
+        (lambda client, manifest, chunk: client.set(manifest, b"x" * 400_000), "Not a manifest"),
+    ],
+    ids=["no-value", "longer", "changed", "endless-manifest", "no-manifest"],
+)
+def test_what_was_spoilt_on_the_server_is_refused_and_the_next_version_comes(server, run, spoil, said):
+    client = redis.Redis.from_url(server.url)
+    with closing(RedisPublisher(server.url, run)) as (publisher,):
+        publisher.publish(snapshot(1))
+        assert publisher.flush(SOON_S)
+        spoil(client, *(f"gsa:{run}:policy:{publisher.epoch}:1:{part}" for part in ("manifest", "0")))
+        with closing(RedisSubscriber(server.url, run)) as (subscriber,):
+            eventually(lambda: said in subscriber.trouble, subscriber.trouble)
+            assert subscriber.poll() is None
+            publisher.publish(snapshot(2))
+            assert_whole(subscriber.wait(2, SOON_S), 2)
+
+
 def test_lent_arrays_are_sent_from_where_they_are(server, run):
     with closing(RedisPublisher(server.url, run)) as (publisher,):
         publisher.publish(snapshot(0))
