@@ -165,7 +165,7 @@ def test_a_run_outlives_the_process_that_rays_memory_monitor_kills(tmp_path, mon
     total, free = int(about["MemTotal"]) >> 10, int(about["MemAvailable"]) >> 10
     if free < RUN_MB + 1.5 * MOST_MB:
         pytest.skip(f"the environment takes up to {MOST_MB} MB, and {free} MB are free")
-    monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - (free - RUN_MB - MOST_MB / 4) / total))
+    monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - (free - RUN_MB - MOST_MB / 2) / total))
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     monkeypatch.setenv("GSA_TEST_EATEN", str(tmp_path / "eaten"))
     out = tmp_path / "run"
