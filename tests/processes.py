@@ -31,7 +31,7 @@ def kill_at(process: subprocess.Popen, run: Path, steps: int, name: str) -> int:
     return len(found)
 
 
-def wait_for(process: subprocess.Popen | None, condition: Callable[[], bool], deadline_s: float = 120.0) -> bool:
+def wait_for(process: subprocess.Popen | None, condition: Callable[[], bool], deadline_s: float = 300.0) -> bool:
     """Whether the condition came true before the deadline, and before `process` ended."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end and (process is None or process.poll() is None):

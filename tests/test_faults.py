@@ -158,9 +158,9 @@ def test_a_run_outlives_services_that_hang(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_outlives_the_process_that_rays_memory_monitor_kills(tmp_path, monkeypatch):
-    """An environment takes memory until Ray kills somebody, and again until that is its worker."""
+@pytest.mark.timeout(1800)
+def test_a_run_outlives_what_rays_memory_monitor_kills(tmp_path, monkeypatch):
+    """An environment takes memory; Ray kills processes, any of the run's, until that is its worker."""
     about = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
     total, free = int(about["MemTotal"]) >> 10, int(about["MemAvailable"]) >> 10
     if free < RUN_MB + 1.5 * MOST_MB:
@@ -168,13 +168,17 @@ def test_a_run_outlives_the_process_that_rays_memory_monitor_kills(tmp_path, mon
     monkeypatch.setenv("RAY_memory_usage_threshold", str(1 - (free - RUN_MB - MOST_MB / 2) / total))
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     monkeypatch.setenv("GSA_TEST_EATEN", str(tmp_path / "eaten"))
-    out = tmp_path / "run"
+    out, log = tmp_path / "run", tmp_path / "log"
     settings = config(out, task="gym/Hungry-v0", imports=IMPORTS, workers=2, budget_frames=2 * BUDGET)
-    done = distributed(settings, tmp_path)
-    print(done.stderr)
-    assert done.returncode == 0, done.stderr[-3000:]
+    configs.save(settings, tmp_path / "config.yaml")
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert process.wait(1500) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    print(log.read_text())
     assert (tmp_path / "eaten").exists()
-    assert "Its process was killed, as its node was short of memory." in " ".join(done.stderr.split()), done.stderr
+    assert "low on memory" in log.read_text()  # Ray's own words
     check_counts(out, 2 * BUDGET)
 
 
