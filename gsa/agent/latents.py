@@ -30,7 +30,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
         probs = torch.softmax(logits.to(uniform.dtype), -1)
         mixed = (1 - unimix) * probs + unimix / logits.shape[-1]
-        below = (mixed.cumsum(-1)[..., :-1] <= uniform[..., None]).sum(-1, keepdim=True)
+        below = torch.searchsorted(mixed.cumsum(-1), uniform[..., None].contiguous(), right=True)  # classes passed
+        below.clamp_(max=logits.shape[-1] - 1)  # rounding may leave the last one below 1
         ctx.save_for_backward(probs)
         ctx.unimix, ctx.dtype = unimix, logits.dtype
         return torch.zeros_like(logits).scatter_(-1, below, 1.0)
