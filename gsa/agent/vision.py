@@ -141,7 +141,8 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, predicted: Tensor, patches: Tensor) -> Tensor:
-        difference = torch.add(predicted, patches.to(predicted.dtype), alpha=-1 / 255)
+        difference = patches.to(predicted.dtype)
+        torch.add(predicted, difference, alpha=-1 / 255, out=difference)
         ctx.save_for_backward(difference)
         dtype = torch.promote_types(predicted.dtype, torch.float32)
         return torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=dtype).square()
