@@ -44,7 +44,7 @@ from gsa.schema import WeightSnapshot
 State = dict[str, Any]  # name → tensor
 
 MODELS = {"1.4M": ("tiny", False, 30), "14M": ("reference-small", False, 15), "281M": ("paper", True, 15)}
-SWAP_S = {"1.4M": 6.0, "14M": 6.0, "281M": 20.0}
+SWAP_S = {"1.4M": 6.0, "14M": 6.0, "281M": 30.0}
 WORKERS = 4
 WAIT_S = 60.0
 

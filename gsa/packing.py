@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ class Blank:
     memory: np.ndarray  # [bytes] uint8
     entries: tuple[tuple[str, str, list[int], int], ...]  # as those of Packed
 
-    @property
+    @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:
         """Views of the memory."""
         return {name: _view(self.memory, dtype, shape, offset) for name, dtype, shape, offset in self.entries}
@@ -206,5 +207,7 @@ def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _view(whole: np.ndarray, dtype: str, shape: list[int], offset: int) -> np.ndarray:
-    size = math.prod(shape) * _stored(dtype).itemsize
-    return whole[offset : offset + size].view(_stored(dtype)).reshape(shape)
+    try:
+        return np.ndarray(shape, _stored(dtype), whole, offset)
+    except TypeError as error:
+        raise ValueError(f"a tensor of shape {shape} at {offset} of {len(whole)} bytes: {error}") from None

@@ -131,9 +131,9 @@ class _Writable:
 
 def _shared(array: np.ndarray) -> Tensor:
     """The array's memory as a tensor."""
-    if array.dtype != BFLOAT16:
-        return torch.from_numpy(np.asarray(_Writable(array)))
-    return torch.from_numpy(np.asarray(_Writable(array.view(np.int16)))).view(torch.bfloat16)
+    bits = array.view(np.int16) if array.dtype == BFLOAT16 else array
+    tensor = torch.from_numpy(bits if bits.flags.writeable else np.asarray(_Writable(bits)))
+    return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
 
 
 def _require_same(
