@@ -40,7 +40,11 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | N
     """silu(layer_norm(x)) over the last dimension, [..., n] → [..., n] of x's dtype. None where it is not for the
     kernel to compute."""
     library = _library(x.dtype) if _suits(x, weight) else None
-    return None if library is None else _NormSiLU.apply(x, weight, bias, eps, library)
+    if library is None:
+        return None
+    if not torch.is_grad_enabled():  # acting takes so few rows that a Function would cost it more than the kernel does
+        return _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, library)[0]
+    return _NormSiLU.apply(x, weight, bias, eps, library)
 
 
 def available() -> bool:
@@ -61,11 +65,7 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, library: ctypes.CDLL) -> Tensor:
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        n = x.shape[-1]
-        y, stats = torch.empty_like(x), weight.new_empty(x.numel() // n, 2)
-        library.norm_silu_forward(
-            len(stats), n, eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr()
-        )
+        y, stats = _forward(x, weight, bias, eps, library)
         ctx.save_for_backward(x, weight, bias, stats)
         ctx.library = library
         return y
@@ -81,6 +81,16 @@ class _NormSiLU(torch.autograd.Function):
             grad.data_ptr(), out.data_ptr(), work.data_ptr(), weights_too,
         )  # fmt: skip
         return out, *((work[0], work[1]) if weights_too else (None, None)), None, None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, library: ctypes.CDLL) -> tuple[Tensor, Tensor]:
+    """The result, and mean and scale of each row; all arguments contiguous."""
+    n = x.shape[-1]
+    y, stats = torch.empty_like(x), weight.new_empty(x.numel() // n, 2)
+    library.norm_silu_forward(
+        len(stats), n, eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr()
+    )
+    return y, stats
 
 
 @functools.cache

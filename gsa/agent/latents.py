@@ -20,7 +20,18 @@ def sample(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
 
     logits [..., S, K]; uniform [..., S] in [0, 1) → one-hot [..., S, K] of the logits' dtype.
     """
+    if not torch.is_grad_enabled():
+        return _one_hot(logits, uniform, unimix)[0]
     return _StraightThrough.apply(logits, uniform, unimix)
+
+
+def _one_hot(logits: Tensor, uniform: Tensor, unimix: float) -> tuple[Tensor, Tensor]:
+    """The sample, and the probabilities before they were mixed."""
+    probs = torch.softmax(logits.to(uniform.dtype), -1)
+    mixed = (1 - unimix) * probs + unimix / logits.shape[-1]
+    below = torch.searchsorted(mixed.cumsum(-1), uniform[..., None].contiguous(), right=True)  # classes passed
+    below.clamp_(max=logits.shape[-1] - 1)  # rounding may leave the last one below 1
+    return torch.zeros_like(logits).scatter_(-1, below, 1.0), probs
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -28,13 +39,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
-        probs = torch.softmax(logits.to(uniform.dtype), -1)
-        mixed = (1 - unimix) * probs + unimix / logits.shape[-1]
-        below = torch.searchsorted(mixed.cumsum(-1), uniform[..., None].contiguous(), right=True)  # classes passed
-        below.clamp_(max=logits.shape[-1] - 1)  # rounding may leave the last one below 1
+        chosen, probs = _one_hot(logits, uniform, unimix)
         ctx.save_for_backward(probs)
         ctx.unimix, ctx.dtype = unimix, logits.dtype
-        return torch.zeros_like(logits).scatter_(-1, below, 1.0)
+        return chosen
 
     @staticmethod
     @once_differentiable

@@ -57,11 +57,13 @@ def encoders(config: WorldModelConfig) -> tuple[Encoder | None, Layers | None]:
     return images, vectors
 
 
-def encode(images: Encoder | None, vectors: nn.Module | None, inputs: Inputs) -> Tensor:
-    """What `encoders` make of N observations: features [N, F], the images' first."""
+def encode(
+    images: Encoder | None, vectors: nn.Module | None, inputs: Inputs, first: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """What `encoders` make of N observations: features [N, F], the images' first. `first`: as Encoder.encode has it."""
     parts = []
     if images is not None and inputs.patches is not None:
-        parts.append(images.encode(inputs.patches))
+        parts.append(images.encode(inputs.patches, first))
     if vectors is not None and inputs.vectors is not None:
         parts.append(vectors(inputs.vectors))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

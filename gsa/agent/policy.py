@@ -25,9 +25,12 @@ from gsa.schema import Controller
 class _Staged(dict[str, np.ndarray]):
     """Published weights, and what acting makes of them."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], transition: Transition) -> None:
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], transition: Transition,
+        first: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         super().__init__(tensors)
-        self.weights, self.transition = weights, transition
+        self.weights, self.transition, self.first = weights, transition, first
 
 
 class GuidedPolicy:
@@ -57,6 +60,7 @@ class GuidedPolicy:
         modules = {name: getattr(self, name) for name in names}
         self._nets = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).requires_grad_(False)
         self._transition = Transition(self.cell)
+        self._first = None if self.encoder is None else self.encoder.by_patch()
         self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
         self._previous_action = torch.zeros(envs, model.max_action_dim)
         self._frames: np.ndarray | None = None
@@ -76,16 +80,21 @@ class GuidedPolicy:
         """
         staged = tensors if isinstance(tensors, _Staged) else self.stage(tensors)
         storage.use(self._nets, staged.weights)
-        self._transition = staged.transition
+        self._transition, self._first = staged.transition, staged.first
 
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, np.ndarray]) -> _Staged:
         """Makes published weights ready for `load_tensors`, in any thread, while others act. Arrays that are read-only
         are used where they are. Raises SpecMismatch as above."""
         weights = storage.from_arrays(self._nets, tensors, "The policy")
-        own = {f"cell.{name}": p for name, p in self.cell.named_parameters()}
-        parameters = {id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in own.items()}
-        return _Staged(tensors, weights, Transition(copy.deepcopy(self.cell, parameters)))
+        # As convolutions take them; torch would rearrange them for every batch.
+        convolutions = {name: w for name, w in weights.items() if w.ndim == 4}
+        weights |= {name: w.contiguous(memory_format=torch.channels_last) for name, w in convolutions.items()}
+        parameters = {
+            id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in self._nets.named_parameters()
+        }
+        first = None if self.encoder is None else copy.deepcopy(self.encoder, dict(parameters)).by_patch()
+        return _Staged(tensors, weights, Transition(copy.deepcopy(self.cell, dict(parameters))), first)
 
     @torch.no_grad()
     def load_prior(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -156,7 +165,7 @@ class GuidedPolicy:
         uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])
         seen = {name: torch.from_numpy(_writable(observation[name])) for name in self.model.observation.names}
         inputs = observations.prepare(self.model.observation, seen)
-        features = observations.encode(self.encoder, self.vector_encoder, inputs)
+        features = observations.encode(self.encoder, self.vector_encoder, inputs, self._first)
         everyone = len(which) == self.envs
         before = (*self.state, self._previous_action)
         deter, stoch, previous_action = before if everyone else (x[which] for x in before)

@@ -36,13 +36,24 @@ class Unrolled:
     def __call__(self, x: Tensor) -> Tensor:
         """[N, I] → [N, O]; in blocks [N, G·I] → [N, G·O]."""
         if self._weight.ndim == 2:
-            return _Product.apply(self._steps, x, self._weight, self._bias)
+            return self._product(x)
         return self.by_block(x).transpose(0, 1).flatten(1)
 
     def by_block(self, x: Tensor) -> Tensor:
         """[N, G·I] → [G, N, O]: as it comes out of the product."""
         x = x.unflatten(-1, (len(self._weight), -1)).transpose(0, 1)
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return _product(x.to(self._weight.dtype), self._weight, self._bias)
         return _Product.apply(self._steps, x, self._weight, self._bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight) if weight.ndim == 2 else torch.baddbmm(bias, x, weight)
 
 
 def unroll(layers: Iterable[nn.Module]) -> Map:
@@ -85,9 +96,7 @@ class _Product(torch.autograd.Function):
         ctx.steps, ctx.dtype = steps, x.dtype
         x = x.to(weight.dtype)
         ctx.save_for_backward(x, weight)
-        if bias is None:
-            return x @ weight
-        return torch.addmm(bias, x, weight) if weight.ndim == 2 else torch.baddbmm(bias, x, weight)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -45,17 +45,18 @@ class Encoder(nn.Module):
         """uint8 [..., 64, 64, C] → [..., 32·depth]."""
         return self.encode(to_patches(pixels)).view(*pixels.shape[:-3], -1)
 
-    def encode(self, patches: Tensor) -> Tensor:
-        """int8 [N, 32, 32, 4C] → [N, 32·depth]."""
-        return self.net(self._first(patches)).flatten(1)
-
-    def _first(self, patches: Tensor) -> Tensor:
-        """The first convolution, 64 → 30: the next one reads no more of its 31."""
-        weight = self.first.weight
+    def encode(self, patches: Tensor, first: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """int8 [N, 32, 32, 4C] → [N, 32·depth]. `first`: what `by_patch` gives, where it is at hand."""
+        weight, bias = self.by_patch() if first is None else first
+        # The first convolution, 64 → 30: the next one reads no more of its 31.
         patches = patches[:, :31, :31].to(compute_dtype(weight), memory_format=torch.contiguous_format)
+        return self.net(F.conv2d(patches.permute(0, 3, 1, 2), weight, bias)).flatten(1)
+
+    def by_patch(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first convolution, as patches of signed bytes take it."""
+        weight = self.first.weight
         by_patch = weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        bias = _bias(self.first) + OFFSET * weight.sum((1, 2, 3))
-        return F.conv2d(patches.permute(0, 3, 1, 2), _channels_last(by_patch / 255), bias)
+        return _channels_last(by_patch / 255), _bias(self.first) + OFFSET * weight.sum((1, 2, 3))
 
 
 class Decoder(nn.Module):
