@@ -228,12 +228,24 @@ def _end_process(pid: int) -> None:
 
 
 def wait_until_alive(actors: Mapping[str, Any], deadline_s: float = 180.0) -> None:
-    """Raises GsaError, naming the first actor that does not come up in time and what it said."""
+    """Raises GsaError, naming the first actor that does not come up in time and what it said. One whose process is
+    killed as it comes up is started again by Ray, and waited for."""
     end = time.monotonic() + deadline_s
     for name, actor in actors.items():
         try:
-            ray.get(actor.__ray_ready__.remote(), timeout=max(1.0, end - time.monotonic()))
+            _await_answer(actor, end)
         except ray.exceptions.GetTimeoutError:
             raise GsaError(f"{name} did not start within {deadline_s:.0f} s: is the cluster full?") from None
         except ray.exceptions.RayActorError as error:
             raise GsaError(f"{name} did not start: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _await_answer(actor: Any, end: float) -> None:
+    while True:
+        try:
+            ray.get(actor.__ray_ready__.remote(), timeout=max(1.0, end - time.monotonic()))
+            return
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)

@@ -333,6 +333,18 @@ def test_a_process_that_hangs_is_replaced_once_it_is_killed(ray_here):
     ray.kill(actor)
 
 
+class Mortal:
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_killed_while_it_is_waited_for_is_waited_for_again(ray_here):
+    actor = ray.remote(Mortal).options(num_cpus=0, max_restarts=-1).remote()
+    actor.die.remote()  # the question whether it is up comes after this
+    ray_actors.wait_until_alive({"the part": actor}, SOON_S)
+    ray.kill(actor)
+
+
 def test_a_worker_imports_no_simulator_and_no_display():
     """RLlib's wrappers would import them into each."""
     names = "'dm_control', 'mujoco', 'OpenGL', 'cv2'"
