@@ -113,9 +113,12 @@ class Soak:
             "lasting_redis_keys": len(lasting),
         }
 
-    def slope(self) -> dict[str, float | None]:
-        """Megabytes an hour that a process grows by, with its 95 % interval; None where too little was sampled."""
-        data = [(pid, t, mb) for pid, _, t, mb in self.memory if t - self._born[pid] > YOUNG_S]
+    def slope(self, part: str = "") -> dict[str, float | None]:
+        """Megabytes an hour that a process grows by, with its 95 % interval; None where too little was sampled. Of all
+        processes, or of those of one part."""
+        data = [
+            (pid, t, mb) for pid, of, t, mb in self.memory if t - self._born[pid] > YOUNG_S and part in ("", of)
+        ]  # fmt: skip
         if len(data) < 10:
             return {"mb_per_hour": None, "low": None, "high": None, "samples": len(data)}
         pids = np.array([pid for pid, *_ in data])
@@ -190,6 +193,7 @@ def main() -> int:
     result = {
         "hours": (time.time() - started) / 3600, "runs": soak.runs, "kills": dict(soak.kills),
         "steps": sum(run["steps"] for run in soak.runs), "memory": slope, "seed": SEED,
+        "memory_by_part": {part: soak.slope(part) for part in sorted({row[1] for row in soak.memory})},
         "seconds_to_next_step": _medians(soak.recovered),
     }  # fmt: skip
     return harness.finish("soak", result, goals, options)
