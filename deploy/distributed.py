@@ -26,7 +26,7 @@ SAVE_S = 15.0  # for what the learner has learned to be on disk, once the run is
 STALLED_S = 600.0  # neither collected nor replayed: what hangs is not restarted in time, which is 180 s and a start
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONWARNINGS": "ignore",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_task_events_report_interval_ms": "0",  # a history of calls that grows
 }  # fmt: skip
 SILENT = {"log_to_driver": False, "logging_level": logging.ERROR}
 
