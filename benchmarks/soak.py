@@ -39,7 +39,7 @@ from gsa import config as configs
 from gsa.metrics import read_log
 from retrieval.store import TrajectoryStore
 from tests.gym_counting import STEPS, Counting
-from tests.processes import alive, children
+from tests.processes import alive, children, start
 
 gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.1})
 
@@ -133,13 +133,8 @@ class Soak:
         return {"mb_per_hour": slope, "low": float(low), "high": float(high), "samples": len(data)}
 
     def _start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ, MARK: self.mark, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1",
-            "GSA_REDIS_URL": self.redis.url,
-        }  # fmt: skip
-        with (self.folder / "log").open("ab") as log:
-            command = [sys.executable, "-m", "deploy.cli", "finetune", *arguments]
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        variables = {MARK: self.mark, "GSA_REDIS_URL": self.redis.url}
+        return start(self.folder / "log", *arguments, **variables)
 
     def _next(self) -> float:
         return time.time() + self.rng.expovariate(1 / self.every_s)

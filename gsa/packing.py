@@ -110,7 +110,7 @@ class Room(Protocol):
 def receive(
     manifest: bytes,
     head: tuple[int, int, int],
-    fetch: Callable[[], tuple[int, Iterable[memoryview]] | None],
+    fetch: Callable[[], Value | None],
     room: Room,
 ) -> bytes | None:
     """Fetches what `manifest` describes into `room`. It must be of the epoch, version and chunks of `head`.

@@ -135,8 +135,7 @@ def cut(
     out.discount[:, 0] = 1
     out.valid[:] = np.arange(length) < np.array([[len(ref)] for ref in refs])
     # First all that Python has to do, then all copies: they push the one out of the processor's cache.
-    rewarded = [ref.store in reward_from for ref in refs]
-    rows = [_cut_row(stores[ref.store], ref, rewarded[b], out, b) for b, ref in enumerate(refs)]
+    rows = [_cut_row(stores[ref.store], ref, ref.store in reward_from, out, b) for b, ref in enumerate(refs)]
     _call([copy for row in rows for copy in row], helper)
     return dataclasses.replace(out, refs=tuple(refs))
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from gsa.metrics import read_log
 
 
-def start(file: Path, *arguments: str) -> subprocess.Popen:
-    """`gsa finetune`, as a user starts it; what it prints is added to `file`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+def start(file: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    """`gsa finetune`, as a user starts it, with these environment variables; what it prints is added to `file`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd(), **variables}
     command = [sys.executable, "-m", "deploy.cli", "finetune", *arguments]
     with file.open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)

@@ -23,7 +23,7 @@ from gsa.schema import Controller, Trajectory
 from learner.config import CloneConfig, PretrainConfig
 from retrieval.store import TrajectoryStore
 from tests.gym_counting import STEPS
-from tests.processes import kill_at
+from tests.processes import kill_at, start
 
 IMPORTS = ("tests.gym_counting",)
 TASK = "gym/Counting-v0"
@@ -136,17 +136,14 @@ def test_a_distributed_run_survives_the_death_of_its_workers_and_its_replay_serv
     out = tmp_path / "run"
     settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive", budget_frames=BUDGET)
     configs.save(settings, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    environment["RAY_ADDRESS"] = "127.0.0.1:1"  # a cluster that is gone must not keep a run from starting its own
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            workers = kill_at(process, out, STEPS, "GSAEnvRunner")
-            services = kill_at(process, out, 4 * STEPS, "ReplayActor")
-            code = process.wait(400)
-        finally:
-            process.kill()
+    gone = "127.0.0.1:1"  # a cluster that is gone must not keep a run from starting its own
+    process = start(tmp_path / "log", "--config", str(tmp_path / "config.yaml"), RAY_ADDRESS=gone)
+    try:
+        workers = kill_at(process, out, STEPS, "GSAEnvRunner")
+        services = kill_at(process, out, 4 * STEPS, "ReplayActor")
+        code = process.wait(400)
+    finally:
+        process.kill()
     assert code == 0, (tmp_path / "log").read_text()[-3000:]
     assert (workers, services) == (2, 1)
     check_counts(out)
@@ -162,16 +159,13 @@ def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
     out = tmp_path / "run"
     settings = config(out, pool, workers=2, task="gym/SlowCounting-v0", method="naive", budget_frames=BUDGET)
     configs.save(settings, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "deploy.cli", "finetune", "--config", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     server = Path(find_binary()).name
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            killed = [kill_at(process, out, steps, server) for steps in (2 * STEPS, 5 * STEPS)]
-            code = process.wait(400)
-        finally:
-            process.kill()
+    process = start(tmp_path / "log", "--config", str(tmp_path / "config.yaml"))
+    try:
+        killed = [kill_at(process, out, steps, server) for steps in (2 * STEPS, 5 * STEPS)]
+        code = process.wait(400)
+    finally:
+        process.kill()
     said = (tmp_path / "log").read_text()
     assert code == 0, said[-3000:]
     assert killed == [1, 1]
@@ -179,11 +173,6 @@ def test_a_run_outlives_its_redis_twice_with_every_step(pool, tmp_path):
     assert said.count("was started again") == 2
     versions = [int(t.policy_version.max()) for t in online(out)]
     assert max(versions[-3:]) > max(versions[:5]), "no weights since the second death"
-
-
-def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
-    pixels = np.stack([o["pixels"] for o in observations])
-    return Trajectory(embodiment, {"pixels": pixels}, actions, np.ones(len(actions), np.float32), source=source)
 
 
 STARTS = """
@@ -215,3 +204,8 @@ def test_a_ray_that_dies_as_it_starts_is_started_again(tmp_path):
     )
     assert "answers 7" in done.stdout, done.stderr
     assert "Ray did not start" in done.stderr and (tmp_path / "died").exists()
+
+
+def _trajectory(embodiment: str, observations: list, actions: np.ndarray, source: str) -> Trajectory:
+    pixels = np.stack([o["pixels"] for o in observations])
+    return Trajectory(embodiment, {"pixels": pixels}, actions, np.ones(len(actions), np.float32), source=source)

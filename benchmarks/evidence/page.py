@@ -77,7 +77,8 @@ def _state(report: Mapping[str, Any]) -> str:
         return "**No trial of the grid is done yet.** What follows is what was measured before it."
     text = f"{done} of {planned} trials are done, {found['hours']:.1f} hours of one core"
     left = "" if done == planned else f". **The other {planned - done} are not there yet**, so the numbers may change"
-    return f"{text}{left}. Commit `{report['commit'][:8]}`, {report['machine']['processor']}."
+    where = f"Analysed at commit `{report['commit'][:8]}`; each trial's file names its own"
+    return f"{text}{left}. {where}. {report['machine']['processor']}."
 
 
 def _goals(report: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ class GuidedPolicy:
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, np.ndarray]) -> _Staged:
         """Makes published weights ready for `load_tensors`, in any thread, while others act. Arrays that are read-only
-        are used where they are. Raises SpecMismatch as above."""
+        are used where they are, but for convolutions, which are rearranged. Raises SpecMismatch as above."""
         weights = storage.from_arrays(self._nets, tensors, "The policy")
         # As convolutions take them; torch would rearrange them for every batch.
         convolutions = {name: w for name, w in weights.items() if w.ndim == 4}
