@@ -68,6 +68,7 @@ class Warnings(logging.Handler):
         self._kept: deque[str] = deque(maxlen=KEPT)
         for package in PACKAGES:
             logging.getLogger(package).addHandler(self)
+            logging.getLogger(package).propagate = False  # to where a library, such as dm_control, prints it once more
 
     def emit(self, record: logging.LogRecord) -> None:
         self._kept.append(record.getMessage())
@@ -79,4 +80,5 @@ class Warnings(logging.Handler):
     def close(self) -> None:
         for package in PACKAGES:
             logging.getLogger(package).removeHandler(self)
+            logging.getLogger(package).propagate = True
         super().close()
