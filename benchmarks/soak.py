@@ -5,9 +5,10 @@ minute one part, drawn at random, is killed by SIGKILL: a worker, all workers, t
 evaluator, Redis (it starts again, empty), or the driver and all of Ray with it (gone on with by --resume).
 After the time the last run is left in peace to its end. Of every run: the budget is collected exactly, each episode is
 whole and in order, and each has one row in the log. Memory: the anonymous memory of every process of a run, sampled
-every ten seconds; the slope is that of a regression over time with an intercept for each process, from two minutes
-of its age on, and its 95 % interval. In the end: no process that carries the mark of this soak, no new shared memory
-under the names that a run's processes give it, no key in Redis that does not expire.
+every ten seconds; the slope is that of a regression over time with an intercept for each process, and its 95 %
+interval, from five minutes of its age on: until then allocators and caches fill. In the end: no process that carries
+the mark of this soak, no new shared memory under the names that a run's processes give it, no key in Redis that does
+not expire.
 
     python -m benchmarks.soak [--quick] [--save] [--hours 2]
 """
@@ -44,9 +45,9 @@ from tests.processes import alive, children, start
 gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.1})
 
 MARK = "GSA_SOAK"
-WORKERS, BUDGET, SEED = 2, 6_000, 0  # agent steps: some ten minutes a run
+WORKERS, BUDGET, SEED = 2, 12_000, 0  # agent steps: some fifteen minutes a run
 SHARED = ("plasma", "ray", "torch_", "psm_", "sem.")
-KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S = 60.0, 10.0, 120.0
+KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S = 60.0, 10.0, 300.0
 PARTS = {  # what is killed: the title of its processes, and how often it is drawn
     "a worker": ("GSAEnvRunner", 4), "all workers": ("GSAEnvRunner", 1), "replay": ("ReplayActor", 2),
     "learner": ("LearnerActor", 2), "evaluator": ("EvaluatorActor", 1), "redis": ("", 2), "driver": ("", 2),

@@ -37,6 +37,7 @@ class RunCheckpoints:
         self._clock = clock
         self._saved_frames, self._saved_at = 0, clock()
         self._thread: threading.Thread | None = None
+        self._copy: Any = None  # of the state saved last: the next is copied into it, as fresh memory is slow
         self._meter = Meter("checkpoint")
 
     def due(self, frames: int) -> bool:
@@ -48,8 +49,9 @@ class RunCheckpoints:
         """Takes a copy of `state` and writes it beside the run. `score`: of an evaluation of just this state."""
         started = time.perf_counter()
         self.flush()
-        copy = copied({**state, "inputs": self._inputs})
-        self._thread = threading.Thread(target=self._write, args=(frames, copy, score), name="checkpoint", daemon=True)
+        self._copy = copied({**state, "inputs": self._inputs}, self._copy)
+        arguments = (frames, self._copy, score)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         self._saved_frames, self._saved_at = frames, self._clock()
         self._meter.gauge("pause_ms", 1e3 * (time.perf_counter() - started))
@@ -94,12 +96,16 @@ def inputs_digest(run: Path) -> str:
     return digest.hexdigest()
 
 
-def copied(state: Any) -> Any:
-    """The state with tensors of its own, on the CPU: the live ones go on changing."""
+def copied(state: Any, room: Any = None) -> Any:
+    """The state with tensors of its own, on the CPU: the live ones go on changing. `room` is an earlier copy that is no
+    longer needed: its tensors are written to where they fit."""
     if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
+        rooms = room if isinstance(room, Mapping) else {}
+        return {key: copied(value, rooms.get(key)) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [copied(value) for value in state]
     if isinstance(state, torch.Tensor):
+        if isinstance(room, torch.Tensor) and (room.shape, room.dtype) == (state.shape, state.dtype):
+            return room.copy_(state.detach())
         return state.detach().to("cpu", copy=True)
     return state.copy() if hasattr(state, "copy") else state

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploy.checkpointing import copied
 from gsa.errors import FormatError, Unavailable, UsageError
 from learner.checkpoint import FORMAT, MANIFEST, TENSORS, TREE, Checkpoints, read
 
@@ -86,6 +87,19 @@ def test_the_newest_are_kept_and_numbers_rise_when_a_step_is_saved_again(tmp_pat
         checkpoints.save(step, {"step": step})
     assert [p.name for p in checkpoints.paths()] == ["checkpoint-00000001", "checkpoint-00000002"]
     assert checkpoints.load().step == 9
+
+
+def test_the_copy_to_be_saved_takes_no_new_memory_for_what_was_copied_before():
+    state = {"agent": {"weight": torch.ones(3, 2), "bias": torch.zeros(2)}, "updates": 1, "draws": np.arange(3)}
+    first = copied(state)
+    weight = first["agent"]["weight"]
+    state["agent"]["weight"].fill_(5)
+    state["agent"]["bias"] = torch.ones(4)  # of another shape than before
+    assert torch.equal(weight, torch.ones(3, 2)) and first["draws"] is not state["draws"]
+
+    second = copied({**state, "updates": 2}, first)
+    assert second["agent"]["weight"] is weight and torch.equal(weight, torch.full((3, 2), 5.0))
+    assert torch.equal(second["agent"]["bias"], torch.ones(4)) and second["updates"] == 2
 
 
 def test_nothing_saved_is_none(tmp_path):
