@@ -2,11 +2,13 @@
 
     python -m actors.env_process FD          started by actors.hosting.Isolated; FD is its end of a socket pair
 
-A message is its kind (1 byte), the length of the rest (4 bytes, little-endian) and the rest:
+A message is its kind (1 byte and 3 empty ones), the length of the rest (4 bytes, little-endian) and the rest:
 
     to the environment    M  JSON [task, render, imports, timeout_s]      R  seed, 8 bytes      S  action [A] float32
     from it               M  JSON {task, spec}                            O  observation
                           T  reward, discount, success, last; action [A]; observation           E  JSON [error, text]
+
+O has the length of T, with nothing before the observation.
 
 Arrays are their bytes, observations in the order of the spec. It has one thread, and imports numpy and the simulator.
 """
@@ -19,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -29,50 +32,84 @@ from gsa import errors
 from gsa.errors import EnvironmentFault, GsaError
 from gsa.schema import Spec
 
-HEADER = struct.Struct("<cI")
-OUTCOME = struct.Struct("<dd?d?")  # reward, discount, whether success is told, success, last
+HEADER = struct.Struct("<c3xI")
+OUTCOME = struct.Struct("<dd?d?6x")  # reward, discount, whether success is told, success, last; what follows is aligned
 LONGEST = 1 << 28  # of a message, in bytes: more is no message
 START_S = 120.0  # to import the simulator and build it
 EXIT_S = 5.0  # to close it
 
 
-def send(to: socket.socket, kind: bytes, *parts: bytes) -> None:
-    to.sendall(b"".join((HEADER.pack(kind, sum(map(len, parts))), *parts)))
+def message(kind: bytes, content: bytes) -> bytes:
+    return HEADER.pack(kind, len(content)) + content
 
 
-def receive(source: socket.socket) -> tuple[bytes, memoryview]:
-    """The next message. EOFError where the other side has ended; TimeoutError by the socket's own timeout."""
-    kind, length = HEADER.unpack(_exactly(source, HEADER.size))
-    if length > LONGEST:
+def receive(
+    source: socket.socket, expected: int = 0, wait: Callable[[], object] = lambda: None
+) -> tuple[bytes, memoryview]:
+    """The next message, in a buffer of its own; by one call of the system if `expected` bytes follow its header.
+
+    EOFError where the other side has ended. `wait` is called when a socket that does not block has nothing yet. With
+    `expected`, no other message may be under way behind this one.
+    """
+    data = memoryview(bytearray(HEADER.size + expected))
+    done = _fill(source, data, 0, HEADER.size, wait)
+    kind, length = HEADER.unpack_from(data)
+    whole = HEADER.size + length
+    if length > LONGEST or done > whole:
         raise EOFError(f"a message of {length} bytes")
-    return kind, _exactly(source, length)
+    if whole > len(data):
+        data = memoryview(bytearray(data) + bytes(whole - len(data)))
+    _fill(source, data[:whole], done, whole, wait)
+    return kind, data[HEADER.size : whole]
 
 
-def pack_observation(observation: Observation, spec: Spec) -> list[bytes]:
-    return [np.ascontiguousarray(observation[name]).tobytes() for name in spec.observation]
+class Layout:
+    """How observations and steps of one spec lie in a message: all of one length, so that one buffer serves all."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._action_dim = spec.action_dim
+        self._arrays = []
+        at = OUTCOME.size + 4 * spec.action_dim
+        for name, array in spec.observation.items():
+            dtype = np.dtype(array.dtype)
+            self._arrays.append((name, array.shape, dtype, at))
+            at += int(np.prod(array.shape)) * dtype.itemsize
+        self.size = at
+
+    def unpack_observation(self, data: memoryview) -> Observation:
+        """Views of `data`, which is theirs alone."""
+        return {name: np.ndarray(shape, dtype, data, at) for name, shape, dtype, at in self._arrays}
+
+    def unpack_step(self, data: memoryview) -> Step:
+        """As above."""
+        reward, discount, told, success, last = OUTCOME.unpack_from(data)
+        action = np.ndarray((self._action_dim,), np.float32, data, OUTCOME.size)
+        return Step(self.unpack_observation(data), action, reward, discount, last, success if told else None)
 
 
-def unpack_observation(data: memoryview, spec: Spec) -> Observation:
-    """Views of `data`, which is theirs alone."""
-    observation, start = {}, 0
-    for name, array in spec.observation.items():
-        dtype, count = np.dtype(array.dtype), int(np.prod(array.shape))
-        observation[name] = np.frombuffer(data, dtype, count, start).reshape(array.shape)
-        start += count * dtype.itemsize
-    return observation
+class Writer:
+    """Whole messages of one layout, each in the buffer of the one before it."""
 
+    def __init__(self, spec: Spec) -> None:
+        layout = Layout(spec)
+        self._message = bytearray(HEADER.size + layout.size)
+        content = memoryview(self._message)[HEADER.size :]
+        self._places = layout.unpack_observation(content)
+        self._action = np.ndarray((spec.action_dim,), np.float32, content, OUTCOME.size)
 
-def pack_step(step: Step, spec: Spec) -> list[bytes]:
-    told = step.success is not None
-    outcome = OUTCOME.pack(step.reward, step.discount, told, step.success or 0.0, step.last)
-    return [outcome, step.action.tobytes(), *pack_observation(step.observation, spec)]
+    def observation(self, observation: Observation, kind: bytes = b"O") -> bytearray:
+        HEADER.pack_into(self._message, 0, kind, len(self._message) - HEADER.size)
+        for name, place in self._places.items():
+            place[...] = observation[name]
+        return self._message
 
-
-def unpack_step(data: memoryview, spec: Spec) -> Step:
-    reward, discount, told, success, last = OUTCOME.unpack_from(data)
-    action = np.frombuffer(data, np.float32, spec.action_dim, OUTCOME.size)
-    observation = unpack_observation(data[OUTCOME.size + action.nbytes :], spec)
-    return Step(observation, action, reward, discount, last, success if told else None)
+    def step(self, step: Step) -> bytearray:
+        told = step.success is not None
+        OUTCOME.pack_into(
+            self._message, HEADER.size, step.reward, step.discount, told, step.success or 0.0, step.last
+        )  # fmt: skip
+        self._action[...] = step.action
+        return self.observation(step.observation, b"T")
 
 
 def pack_error(error: Exception) -> bytes:
@@ -91,51 +128,66 @@ def unpack_error(data: memoryview) -> GsaError:
 
 def serve(link: socket.socket) -> None:
     """Answers until the other side has ended. An answer that takes too long ends the process, whatever hangs in it."""
-    environment: Environment | None = None
-    timeout_s = START_S
+    served = Served()
     while True:
         try:
-            kind, data = receive(link)
+            kind, data = receive(link, served.expected)
         except (EOFError, OSError):
             break
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)  # the kernel's: it needs no turn of Python
+        signal.setitimer(signal.ITIMER_REAL, served.timeout_s)  # the kernel's: it needs no turn of Python
         try:
-            if kind == b"M":
-                task, render, imports, timeout_s = json.loads(bytes(data))
-                environment = make(task, render, tuple(imports))
-            reply = _reply(environment, kind, data)
+            reply = served.reply(kind, data)
         except Exception as error:
-            reply = [b"E", pack_error(error)]
+            reply = message(b"E", pack_error(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            send(link, *reply)
+            link.sendall(reply)
         except OSError:  # nobody waits for it any more
             break
-    if environment is not None:
-        signal.setitimer(signal.ITIMER_REAL, EXIT_S)
-        environment.close()
+    signal.setitimer(signal.ITIMER_REAL, EXIT_S)
+    served.close()
 
 
-def _reply(environment: Environment | None, kind: bytes, data: memoryview) -> list[bytes]:
-    assert environment is not None, "M comes first"
-    spec = environment.spec
-    if kind == b"M":
-        about = {"task": asdict(environment.task), "spec": spec.to_json()}
-        return [b"M", json.dumps(about).encode()]
-    if kind == b"R":
-        return [b"O", *pack_observation(environment.reset(int.from_bytes(data, "little")), spec)]
-    return [b"T", *pack_step(environment.step(np.frombuffer(data, np.float32)), spec)]
+class Served:
+    """The environment of this process, once M has come."""
+
+    def __init__(self) -> None:
+        self._environment: Environment | None = None
+        self.timeout_s, self.expected = START_S, 0
+
+    def reply(self, kind: bytes, data: memoryview) -> bytes | bytearray:
+        """The answer to a message, valid until the next."""
+        if kind == b"M":
+            return self._make(data)
+        environment = self._environment
+        assert environment is not None, "M comes first"
+        if kind == b"R":
+            return self._writer.observation(environment.reset(int.from_bytes(data, "little")))
+        return self._writer.step(environment.step(np.frombuffer(data, np.float32)))
+
+    def close(self) -> None:
+        if self._environment is not None:
+            self._environment.close()
+
+    def _make(self, data: memoryview) -> bytes:
+        task, render, imports, self.timeout_s = json.loads(bytes(data))
+        self._environment = made = make(task, render, tuple(imports))
+        self._writer, self.expected = Writer(made.spec), 4 * made.spec.action_dim
+        return message(b"M", json.dumps({"task": asdict(made.task), "spec": made.spec.to_json()}).encode())
 
 
-def _exactly(source: socket.socket, count: int) -> memoryview:
-    """Exactly so many bytes, in a buffer of their own."""
-    data = memoryview(bytearray(count))
-    done = 0
-    while done < count:
-        if not (got := source.recv_into(data[done:])):
+def _fill(source: socket.socket, data: memoryview, done: int, enough: int, wait: Callable[[], object]) -> int:
+    """Reads into `data` from `done` on until there are `enough` bytes. Returns how many there are."""
+    while done < enough:
+        try:
+            got = source.recv_into(data[done:])
+        except BlockingIOError:
+            wait()
+            continue
+        if not got:
             raise EOFError("the other side has ended")
         done += got
-    return data
+    return done
 
 
 def main() -> None:

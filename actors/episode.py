@@ -35,8 +35,9 @@ class Episode:
         return {name: rows[len(self.action)] for name, rows in self.observation.items()}
 
     def see(self, observation: Observation) -> None:
-        for name, row in self.newest.items():
-            row[...] = observation[name]
+        step = len(self.action)
+        for name, rows in self.observation.items():
+            rows[step] = observation[name]
 
     def record(self, step: Step, controller: int, version: int) -> None:
         self.action.append(step.action)

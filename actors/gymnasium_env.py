@@ -73,6 +73,7 @@ class Gymnasium:
         self._shape, self._dtype = space.shape, space.dtype
         self._is_integer = np.issubdtype(space.dtype, np.integer)
         self._low, self._high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
+        self._span = self._high - self._low
         self.observation = {name: sensor.spec for name, sensor in self._sensors.items()}
         self._seen: Any = None
         self.control_hz = float(self.environment.metadata.get("render_fps") or 0)
@@ -113,7 +114,7 @@ class Gymnasium:
         return list(getattr(renderer, "_viewers", {}).values())
 
     def _scaled(self, action: np.ndarray) -> np.ndarray:
-        scaled = self._low + (action + 1.0) / 2 * (self._high - self._low)
+        scaled = self._low + (action + 1.0) / 2 * self._span
         scaled = np.minimum(np.maximum(scaled, self._low), self._high)
         if self._is_integer:
             scaled = np.rint(scaled)

@@ -49,8 +49,8 @@ class Host(Protocol):
     def ask_step(self, action: np.ndarray) -> None:
         """Asks for one agent step under `action` [A]; the answer is a Step."""
 
-    def ready(self, wait_s: float = 0.0) -> bool:
-        """Whether `answer` will not block; waits for that, but no longer than `wait_s`."""
+    def ready(self, wait_s: float = 0.0, readable: bool = False) -> bool:
+        """Whether `answer` will not block; waits for that, but no longer than `wait_s`. `readable`: its file is."""
 
     def fileno(self) -> int:
         """What becomes readable before there is an answer; ALWAYS_READY where one needs no waiting."""
@@ -90,7 +90,7 @@ class InProcess:
     def ask_step(self, action: np.ndarray) -> None:
         self._question = lambda: self._environment.step(action)
 
-    def ready(self, wait_s: float = 0.0) -> bool:
+    def ready(self, wait_s: float = 0.0, readable: bool = False) -> bool:
         return True
 
     def fileno(self) -> int:
@@ -128,10 +128,12 @@ class Isolated:
         self._link, theirs = socket.socketpair()
         with theirs:
             self._process = _start(theirs)
+        self._link.setblocking(False)  # what waits has a deadline
         self._readable = select.poll()
         self._readable.register(self._link, select.POLLIN)
         self._expected: deque[tuple[str, float]] = deque()  # what was asked and when the answer is due
         self._about: tuple[Task, Spec] | None = None
+        self._layout: env_process.Layout | None = None
         described = json.dumps([task, render, list(imports), timeout_s]).encode()
         self._ask("start", env_process.START_S, b"M", described)
 
@@ -149,12 +151,13 @@ class Isolated:
     def ask_step(self, action: np.ndarray) -> None:
         self._ask("step", self._timeout_s, b"S", np.ascontiguousarray(action, np.float32).tobytes())
 
-    def ready(self, wait_s: float = 0.0) -> bool:
+    def ready(self, wait_s: float = 0.0, readable: bool = False) -> bool:
         until = time.monotonic() + wait_s
-        while self._wait(until):
+        while readable or self._wait(until):
             if self._about is not None:
                 return True
             self._introduced()
+            readable = False
         return False
 
     def fileno(self) -> int:
@@ -165,9 +168,11 @@ class Isolated:
         return self._expected[0][1] + GRACE_S
 
     def answer(self) -> Any:
-        spec = self.spec
-        kind, data = self._receive()
-        return env_process.unpack_step(data, spec) if kind == b"T" else env_process.unpack_observation(data, spec)
+        self._introduced()
+        layout = self._layout
+        assert layout is not None
+        kind, data = self._receive(layout.size)
+        return layout.unpack_step(data) if kind == b"T" else layout.unpack_observation(data)
 
     def reset(self, seed: int) -> Observation:
         self.ask_reset(seed)
@@ -181,24 +186,29 @@ class Isolated:
         if self._about is None:
             about = json.loads(bytes(self._receive()[1]))
             self._about = Task(**about["task"]), Spec.from_json(about["spec"])
+            self._layout = env_process.Layout(self._about[1])
         return self._about
 
     def _ask(self, what: str, within_s: float, kind: bytes, content: bytes) -> None:
         last = self._expected[-1][1] if self._expected else time.monotonic()  # asked while it still starts
         self._expected.append((what, last + within_s))
         with contextlib.suppress(OSError):  # it has ended: the answer will say so
-            env_process.send(self._link, kind, content)
+            self._link.sendall(env_process.message(kind, content))
 
     def _wait(self, until: float) -> bool:
         """Whether an answer, or its deadline, has come by `until`."""
         remaining_ms = 1e3 * max(0.0, min(until, self.due) - time.monotonic())
         return bool(self._readable.poll(remaining_ms)) or time.monotonic() >= self.due
 
-    def _receive(self) -> tuple[bytes, memoryview]:
+    def _receive(self, expected: int = 0) -> tuple[bytes, memoryview]:
         what, due = self._expected.popleft()
+
+        def wait() -> None:
+            if not self._readable.poll(1e3 * max(0.0, due + GRACE_S - time.monotonic())):
+                raise TimeoutError
+
         try:
-            self._link.settimeout(max(0.001, due + GRACE_S - time.monotonic()))
-            kind, data = env_process.receive(self._link)
+            kind, data = env_process.receive(self._link, expected, wait)
         except TimeoutError:
             self._hung(what)
         except (EOFError, OSError):
@@ -222,18 +232,22 @@ class Isolated:
 
 def ready(hosts: Mapping[int, Host], wait_s: float) -> list[int]:
     """Keys of the hosts whose answer will not block. While there is none, waits, but no longer than `wait_s`."""
-    files = {host.fileno(): key for key, host in hosts.items()}
-    waiting = select.poll()
-    for file in files.keys() - {ALWAYS_READY}:
+    waiting, keys, found = select.poll(), {}, set()
+    until = time.monotonic() + wait_s
+    for key, host in hosts.items():
+        file = host.fileno()
+        if file == ALWAYS_READY:
+            found.add(key)
+            continue
+        keys[file] = key
         waiting.register(file, select.POLLIN)
-    at_once = ALWAYS_READY in files or not files
-    until = 0.0 if at_once else min(time.monotonic() + wait_s, *(host.due for host in hosts.values()))
-    readable = {files[file] for file, _ in waiting.poll(max(0.0, 1e3 * (until - time.monotonic())))}
-    now = time.monotonic()
-    return [
-        key for key, host in hosts.items()
-        if host.fileno() == ALWAYS_READY or ((key in readable or now >= host.due) and host.ready())
-    ]  # fmt: skip
+        until = min(until, host.due)
+    wait_ms = 0.0 if found or not keys else max(0.0, 1e3 * (until - time.monotonic()))
+    readable = {keys[file] for file, _ in waiting.poll(wait_ms)}
+    found |= readable
+    if (now := time.monotonic()) >= until:
+        found |= {key for key, host in hosts.items() if now >= host.due}
+    return [key for key, host in hosts.items() if key in found and host.ready(readable=key in readable)]
 
 
 def _start(link: socket.socket) -> subprocess.Popen[bytes]:

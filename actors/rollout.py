@@ -15,6 +15,7 @@ from gsa.errors import EnvironmentFault, GsaError, cause_of
 from gsa.schema import Controller, Lease
 
 MAX_FAULTS = 10  # of one cause in a row: then it is no accident
+RANDOM, HUMAN = int(Controller.RANDOM), int(Controller.HUMAN)  # looking an enum's member up takes microseconds
 
 
 class ActingPolicy(Protocol):
@@ -33,7 +34,8 @@ class ActingPolicy(Protocol):
     ) -> np.ndarray:
         """Actions [N, A] in [-1, 1] for observations [N, …] of `slots`; `controller` [N] says who chooses each.
 
-        With `sample` the policy draws its action, else it takes the mean. `slots` ascend; None means all E.
+        With `sample` the policy draws its action, else it takes the mean. `slots` ascend; None means all E. The
+        observation's arrays are written anew for the next call.
         """
 
     def executed(self, action: np.ndarray, slots: Sequence[int] | None = None) -> None:
@@ -81,6 +83,7 @@ class Rollout:
         self._faults: dict[str, int] = {}  # cause → in a row
         self.task, self.spec = self.hosts[0].task, self.hosts[0].spec
         self._blank = {k: np.zeros(v.shape, v.dtype) for k, v in self.spec.observation.items()}
+        self._seen = {k: np.empty((envs, *v.shape), v.dtype) for k, v in self.spec.observation.items()}
         self._idle_rng = np.random.default_rng(0)  # draws for empty slots are thrown away
 
     @property
@@ -189,22 +192,22 @@ class Rollout:
         empty changes no number."""
         slots = list(range(len(self.episodes))) if self.lockstep else acting
         episodes = [self.episodes[slot] if slot in acting else None for slot in slots]
-        plan = [Controller.RANDOM if e is None else e.plan[len(e.action)] for e in episodes]
+        plan = [RANDOM if e is None else e.plan[len(e.action)] for e in episodes]
         controller = np.array(plan, np.uint8)
         actions = self._act(slots, episodes, controller)
-        for row, slot in enumerate(slots):
-            if episodes[row] is not None:
-                self.hosts[slot].ask_step(actions[row])
-                self._asked[slot] = int(controller[row]), self.version
+        for slot, episode, action, chosen in zip(slots, episodes, actions, controller.tolist(), strict=True):
+            if episode is not None:
+                self.hosts[slot].ask_step(action)
+                self._asked[slot] = chosen, self.version
 
     def _act(self, slots: Sequence[int], episodes: Sequence[Episode | None], controller: np.ndarray) -> np.ndarray:
         """Actions [N, A] for the episodes in `slots`; where there is none they mean nothing. `controller` [N] is who
         was planned, and is set to who did choose."""
-        scheduled = controller == Controller.HUMAN
+        scheduled = controller == HUMAN
         for row in np.flatnonzero(scheduled).tolist():
             controller[row] = self._without_guide(episodes[row])
         seen = [self._blank if episode is None else episode.newest for episode in episodes]
-        observation = {name: np.stack([one[name] for one in seen]) for name in self._blank}
+        observation = {k: np.stack([one[k] for one in seen], out=to[: len(seen)]) for k, to in self._seen.items()}
         rngs = [self._idle_rng if episode is None else episode.rng for episode in episodes]
         actions = self.policy.act(observation, controller, rngs, self.sample, slots)
         if self.guides:

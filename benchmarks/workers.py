@@ -54,8 +54,10 @@ class Slow(gym.Env):
         return self._image, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        time.sleep(self._sleep_s)
-        compute(self._rounds)
+        if self._rounds:
+            compute(self._rounds)
+        else:
+            time.sleep(self._sleep_s)
         return self._image, 0.0, False, False, {}
 
     def render(self) -> np.ndarray:

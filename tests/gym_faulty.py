@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -102,9 +104,40 @@ class Hungry(Counting):
         return answer
 
 
+class Large(gym.Env):
+    """Observes more than a socket takes at once."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (500_000,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.random(500_000, np.float32), {}
+
+    def step(self, action):
+        return self.np_random.random(500_000, np.float32), float(action[0]), False, False, {}
+
+
+class Babbles(Counting):
+    """Writes where only answers belong: what begins like one, before it stops for good, or what is none."""
+
+    def __init__(self, said: str = "", stops: bool = False, render_mode: str | None = None) -> None:
+        super().__init__(render_mode)
+        self.said, self.stops = said.encode(), stops
+
+    def step(self, action):
+        os.write(int(sys.argv[1]), self.said)
+        if self.stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().step(action)
+
+
 for _way in (*ALL, *MIXTURES):
     gym.register(f"{_way}-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way})
     gym.register(f"{_way}InReset-v0", Faulty, max_episode_steps=STEPS, kwargs={"way": _way, "at": 0})
 gym.register("Hungry-v0", Hungry, max_episode_steps=STEPS, kwargs={"pause_s": 0.05})
+gym.register("Large-v0", Large, max_episode_steps=STEPS)
+gym.register("BabblesAndStops-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "T\0\0", "stops": True})
+gym.register("Babbles-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "no answer at all"})
 gym.register("Unborn-v0", Unborn, max_episode_steps=STEPS)
 gym.register("Together-v0", Together, max_episode_steps=STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors import env_process
 from actors.environment import make
 from actors.hosting import InProcess, Isolated
 from gsa.errors import EnvironmentFault, UsageError
@@ -37,11 +39,12 @@ def play(host, actions, seed=3):
     return first, steps
 
 
-@pytest.mark.parametrize("task", ["gym/Counting-v0", "dmc/walker-walk"])
+@pytest.mark.parametrize("task", ["gym/Counting-v0", "dmc/walker-walk", "gym/Large-v0"])
 def test_an_environment_is_the_same_in_a_process_of_its_own(task):
+    modules = (*COUNTING, *FAULTY)
     with (
-        closing(InProcess(partial(make, task, "fast", COUNTING))) as here,
-        closing(Isolated(task, "fast", COUNTING)) as apart,
+        closing(InProcess(partial(make, task, "fast", modules))) as here,
+        closing(Isolated(task, "fast", modules)) as apart,
     ):
         assert here.spec == apart.spec and here.task == apart.task
         actions = np.random.default_rng(0).uniform(-2, 2, (STEPS, here.spec.action_dim))
@@ -72,6 +75,31 @@ def test_a_fault_in_a_process_of_its_own_is_a_sentence_within_its_deadline(way, 
         assert f"{task} failed in {where}" in str(caught.value)
         assert time.monotonic() - started < TIMEOUT_S + 10
     assert host._process.poll() is not None  # nothing is left
+
+
+@pytest.mark.parametrize(("task", "says"), [("BabblesAndStops", "no answer within 0.5 s"), ("Babbles", "SIGKILL")])
+def test_an_environment_that_writes_where_answers_belong_is_a_fault_within_its_deadline(task, says, monkeypatch):
+    monkeypatch.setattr(env_process, "EXIT_S", 0.3)  # until what does not end is killed
+    with closing(Isolated(f"gym/{task}-v0", imports=FAULTY, timeout_s=0.5)) as host:
+        started = time.monotonic()
+        host.reset(0)
+        with pytest.raises(EnvironmentFault, match=says):
+            host.ask_step(np.zeros(2))
+            host.answer()
+        assert time.monotonic() - started < 60
+    assert host._process.poll() is not None
+
+
+def test_a_message_is_whole_wherever_it_is_cut_on_its_way():
+    sent = env_process.message(b"S", bytes(range(40)))
+    for expected in (0, 16, 40, 80):
+        for cut in range(len(sent)):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.setblocking(False)
+                theirs.sendall(sent[:cut])
+                kind, content = env_process.receive(ours, expected, lambda: theirs.sendall(sent[cut:]))  # noqa: B023
+                assert (kind, bytes(content)) == (b"S", bytes(range(40)))
 
 
 @pytest.mark.parametrize("way", ["Hangs", "Raises", "Shape", "NaN"])

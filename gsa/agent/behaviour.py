@@ -26,6 +26,7 @@ from gsa.agent.layers import StateMLP
 from gsa.agent.precision import full
 from gsa.agent.rssm import State
 from gsa.agent.sizes import BehaviourConfig, WorldModelConfig
+from gsa.agent.unroll import unroll_mlp
 from gsa.agent.world_model import Dream, TensorBatch, WorldModel
 
 MIN_STD, MAX_STD = 0.1, 1.0
@@ -42,8 +43,18 @@ class Actor(nn.Module):
 
     def forward(self, state: State) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [..., A], float32."""
-        mean, std = full(self.net(state.deter, state.stoch)).chunk(2, -1)
-        return torch.tanh(mean), (MAX_STD - MIN_STD) * torch.sigmoid(std + 2) + MIN_STD
+        return _gaussian(self.net(state.deter, state.stoch))
+
+    def ready(self) -> Callable[[State], tuple[Tensor, Tensor]]:
+        """The policy, made ready for many calls under weights that stay as they are."""
+        net = unroll_mlp(self.net)
+        return lambda state: _gaussian(net(state.deter, state.stoch))
+
+
+def _gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of what the policy's network gives."""
+    mean, std = full(x).chunk(2, -1)
+    return torch.tanh(mean), (MAX_STD - MIN_STD) * torch.sigmoid(std + 2) + MIN_STD
 
 
 def sample_action(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

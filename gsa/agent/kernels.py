@@ -86,9 +86,10 @@ class _NormSiLU(torch.autograd.Function):
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, library: ctypes.CDLL) -> tuple[Tensor, Tensor]:
     """The result, and mean and scale of each row; all arguments contiguous."""
     n = x.shape[-1]
-    y, stats = torch.empty_like(x), weight.new_empty(x.numel() // n, 2)
+    rows = x.numel() // n
+    y, stats = torch.empty_like(x), weight.new_empty(rows, 2)
     library.norm_silu_forward(
-        len(stats), n, eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr()
+        rows, n, eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr()
     )
     return y, stats
 

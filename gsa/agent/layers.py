@@ -66,9 +66,19 @@ class Layers(nn.Sequential):
     """One layer after the other, with normalisation and SiLU as one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for run in fused(self):
-            x = run(x)
+        return run(fused(self))(x)
+
+
+def run(maps: Iterable[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """One after the other."""
+    row = list(maps)
+
+    def call(x: Tensor) -> Tensor:
+        for each in row:
+            x = each(x)
         return x
+
+    return call
 
 
 def fused(layers: Iterable[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsa.agent.layers import Layers, dense
 from gsa.agent.precision import full
 from gsa.agent.sizes import ObservationConfig, WorldModelConfig
 from gsa.agent.twohot import symexp, symlog
+from gsa.agent.unroll import Map
 from gsa.agent.vision import Encoder, to_patches
 
 
@@ -57,13 +58,11 @@ def encoders(config: WorldModelConfig) -> tuple[Encoder | None, Layers | None]:
     return images, vectors
 
 
-def encode(
-    images: Encoder | None, vectors: nn.Module | None, inputs: Inputs, first: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """What `encoders` make of N observations: features [N, F], the images' first. `first`: as Encoder.encode has it."""
+def encode(images: Map | None, vectors: Map | None, inputs: Inputs) -> Tensor:
+    """What `encoders` make of N observations: features [N, F], the images' first. `images`: of patches."""
     parts = []
     if images is not None and inputs.patches is not None:
-        parts.append(images.encode(inputs.patches, first))
+        parts.append(images(inputs.patches))
     if vectors is not None and inputs.vectors is not None:
         parts.append(vectors(inputs.vectors))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -18,19 +18,31 @@ from gsa.agent.behaviour import Actor
 from gsa.agent.prior_actor import PriorActor, cameras
 from gsa.agent.rssm import State, Transition
 from gsa.agent.sizes import IMAGE_SHAPE, BehaviourConfig, WorldModelConfig
+from gsa.agent.unroll import unroll
 from gsa.errors import SpecMismatch, UsageError
 from gsa.schema import Controller
+
+Rngs = Sequence[np.random.Generator]
+
+
+class _Networks:
+    """The networks as acting takes them, made once for all the steps under the same weights: to the bit what the
+    modules give, without what a module does at every call."""
+
+    def __init__(self, nets: Any) -> None:
+        """nets: the modules of a GuidedPolicy by name, those that it has."""
+        self.encoder = nets["encoder"].ready() if "encoder" in nets else None
+        self.vector_encoder = unroll(nets["vector_encoder"]) if "vector_encoder" in nets else None
+        self.transition, self.posterior = Transition(nets["cell"]), nets["posterior"].ready()
+        self.actor = nets["actor"].ready()
 
 
 class _Staged(dict[str, np.ndarray]):
     """Published weights, and what acting makes of them."""
 
-    def __init__(
-        self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], transition: Transition,
-        first: tuple[Tensor, Tensor] | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], networks: _Networks) -> None:
         super().__init__(tensors)
-        self.weights, self.transition, self.first = weights, transition, first
+        self.weights, self.networks = weights, networks
 
 
 class GuidedPolicy:
@@ -59,12 +71,15 @@ class GuidedPolicy:
         names = ("encoder", "vector_encoder", "cell", "posterior", "actor")
         modules = {name: getattr(self, name) for name in names}
         self._nets = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).requires_grad_(False)
-        self._transition = Transition(self.cell)
-        self._first = None if self.encoder is None else self.encoder.by_patch()
+        self._networks = _Networks(self._nets)
         self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
         self._previous_action = torch.zeros(envs, model.max_action_dim)
         self._frames: np.ndarray | None = None
         self._fresh = np.ones(envs, bool)
+        self._choose = {
+            int(Controller.RANDOM): self._random, int(Controller.PRIOR): self._prior,
+            int(Controller.POLICY): self._policy,
+        }  # fmt: skip
         self._vectors: np.ndarray | None = None
         if prior is not None:
             seen = prior.observation
@@ -80,7 +95,7 @@ class GuidedPolicy:
         """
         staged = tensors if isinstance(tensors, _Staged) else self.stage(tensors)
         storage.use(self._nets, staged.weights)
-        self._transition, self._first = staged.transition, staged.first
+        self._networks = staged.networks
 
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, np.ndarray]) -> _Staged:
@@ -93,8 +108,7 @@ class GuidedPolicy:
         parameters = {
             id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in self._nets.named_parameters()
         }
-        first = None if self.encoder is None else copy.deepcopy(self.encoder, dict(parameters)).by_patch()
-        return _Staged(tensors, weights, Transition(copy.deepcopy(self.cell, dict(parameters))), first)
+        return _Staged(tensors, weights, _Networks(copy.deepcopy(self._nets, parameters)))
 
     @torch.no_grad()
     def load_prior(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -125,16 +139,15 @@ class GuidedPolicy:
         """
         which = np.arange(self.envs) if slots is None else np.asarray(slots)
         self.model.observation.require(observation, "The policy", "the observation", (len(which),))
-        self._filter(which, observation, rngs)
+        state = self._filter(which, observation, rngs)
         self._remember(which, observation)
         action = np.zeros((len(which), self.action_dim), np.float32)
-        for who, choose in (
-            (Controller.RANDOM, self._random), (Controller.PRIOR, self._prior), (Controller.POLICY, self._policy),
-        ):  # fmt: skip
-            rows = np.flatnonzero(controller == who)
-            if len(rows):
-                action[rows] = choose(which[rows], [rngs[row] for row in rows.tolist()], sample)
-        np.clip(action, -1, 1, out=action)
+        chosen = controller.tolist()
+        for who, choose in self._choose.items():
+            rows = [row for row, one in enumerate(chosen) if one == who]
+            if rows:
+                action[rows] = choose(rows, which, state, [rngs[row] for row in rows], sample)
+        np.minimum(np.maximum(action, -1, out=action), 1, out=action)  # np.clip takes several times as long
         self.executed(action, which)
         return action
 
@@ -143,7 +156,7 @@ class GuidedPolicy:
         """Tells the filter what was executed [N, A] in `slots`, where that is not what `act` returned: a person took
         over."""
         which = slice(None) if slots is None else np.asarray(slots)
-        self._previous_action[which, : self.action_dim] = torch.from_numpy(action)
+        self._previous_action.numpy()[which, : self.action_dim] = action
 
     def memory(self) -> dict[str, Any]:
         """What it remembers of the episodes under way, without its weights. The arrays are the live ones."""
@@ -161,23 +174,28 @@ class GuidedPolicy:
 
     def _filter(
         self, which: np.ndarray, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]
-    ) -> None:
-        uniform = np.stack([rng.random(self.model.stoch, np.float32) for rng in rngs])
+    ) -> State:
+        """The latents [N, …] of the environments `which`, having seen the observation."""
+        uniform = np.empty((len(rngs), self.model.stoch), np.float32)
+        for row, rng in zip(uniform, rngs, strict=True):
+            rng.random(dtype=np.float32, out=row)
         seen = {name: torch.from_numpy(_writable(observation[name])) for name in self.model.observation.names}
         inputs = observations.prepare(self.model.observation, seen)
-        features = observations.encode(self.encoder, self.vector_encoder, inputs, self._first)
+        features = observations.encode(self._networks.encoder, self._networks.vector_encoder, inputs)
+        slots = torch.from_numpy(which)
         everyone = len(which) == self.envs
         before = (*self.state, self._previous_action)
-        deter, stoch, previous_action = before if everyone else (x[which] for x in before)
+        deter, stoch, previous_action = before if everyone else (x.index_select(0, slots) for x in before)
         state = rssm.filter_step(
-            self._transition, self.posterior, State(deter, stoch), previous_action, features,
+            self._networks.transition, self._networks.posterior, State(deter, stoch), previous_action, features,
             torch.from_numpy(uniform), self.model.unimix,
         )  # fmt: skip
         if everyone:
             self.state = state
-            return
+            return state
         for kept, new in zip(self.state, state, strict=True):
-            kept[which] = new
+            kept.index_copy_(0, slots, new)
+        return state
 
     def _remember(self, which: np.ndarray, observation: Mapping[str, np.ndarray]) -> None:
         """Keeps what the prior actor sees: the last frames and the present vectors."""
@@ -192,21 +210,26 @@ class GuidedPolicy:
             self._vectors[which] = np.concatenate([observation[name] for name, _ in seen.vectors], -1)
         self._fresh[which] = False
 
-    def _random(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+    def _random(self, rows: list[int], which: np.ndarray, state: State, rngs: Rngs, sample: bool) -> np.ndarray:
         return np.stack([rng.uniform(-1, 1, self.action_dim) for rng in rngs]).astype(np.float32)
 
-    def _prior(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
+    def _prior(self, rows: list[int], which: np.ndarray, state: State, rngs: Rngs, sample: bool) -> np.ndarray:
         if self.prior is None or self._frames is None:
             raise UsageError("The schedule asks for the prior actor, and this policy was made without one.")
-        frames = torch.from_numpy(self._frames[which]).flatten(3)
-        vectors = None if self._vectors is None else torch.from_numpy(self._vectors[which])
+        frames = torch.from_numpy(self._frames[which[rows]]).flatten(3)
+        vectors = None if self._vectors is None else torch.from_numpy(self._vectors[which[rows]])
         return self.prior(frames, vectors).numpy()
 
-    def _policy(self, which: np.ndarray, rngs: Sequence[np.random.Generator], sample: bool) -> np.ndarray:
-        mean, std = (x.numpy() for x in self.actor(State(*(x[which] for x in self.state))))
+    def _policy(self, rows: list[int], which: np.ndarray, state: State, rngs: Rngs, sample: bool) -> np.ndarray:
+        if len(rows) < len(which):
+            state = State(*(x[rows] for x in state))
+        mean, std = (x.numpy() for x in self._networks.actor(state))
         if not sample:
             return mean
-        return mean + std * np.stack([rng.standard_normal(self.action_dim, np.float32) for rng in rngs])
+        noise = np.empty_like(mean)
+        for row, rng in zip(noise, rngs, strict=True):
+            rng.standard_normal(dtype=np.float32, out=row)
+        return mean + std * noise
 
 
 class Policy:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gsa.agent import latents
 from gsa.agent.layers import BlockLinear, Layers, Norm, dense
-from gsa.agent.unroll import Unrolled, unroll
+from gsa.agent.unroll import Map, Unrolled, unroll
 
 
 class State(NamedTuple):
@@ -109,9 +109,14 @@ class Head(nn.Module):
     def layers(self) -> list[nn.Module]:
         return [self.first, *self.net]
 
+    def ready(self) -> Map:
+        """The head, made ready for many calls under weights that stay as they are."""
+        logits, shape = unroll(self.layers()), self.shape
+        return lambda x: logits(x).unflatten(-1, shape)
+
 
 def filter_step(
-    transition: Transition, posterior: Head, state: State, previous_action: Tensor, features: Tensor, uniform: Tensor,
+    transition: Transition, posterior: Map, state: State, previous_action: Tensor, features: Tensor, uniform: Tensor,
     unimix: float,
 ) -> State:  # fmt: skip
     """The state after seeing one more image: for acting.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gsa.agent.layers import BlockLinear, fused
+from gsa.agent.layers import BlockLinear, StateMLP, fused, run
 from gsa.agent.precision import compute_dtype
 
 Map = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Unrolled:
 
     def by_block(self, x: Tensor) -> Tensor:
         """[N, G·I] → [G, N, O]: as it comes out of the product."""
-        x = x.unflatten(-1, (len(self._weight), -1)).transpose(0, 1)
+        x = x.unflatten(-1, (self._weight.shape[0], -1)).transpose(0, 1)
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -58,14 +58,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def unroll(layers: Iterable[nn.Module]) -> Map:
     """The layers one after the other, with their linear maps unrolled. Holds for one graph."""
-    maps = [Unrolled.of(m) if isinstance(m, nn.Linear | BlockLinear) else m for m in fused(layers)]
+    return run(Unrolled.of(m) if isinstance(m, nn.Linear | BlockLinear) else m for m in fused(layers))
 
-    def run(x: Tensor) -> Tensor:
-        for each in maps:
-            x = each(x)
-        return x
 
-    return run
+def unroll_mlp(net: StateMLP) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network, with its linear maps unrolled. Holds for one graph."""
+    deter, stoch, rest = unroll(net.deter), Unrolled.of(net.stoch), unroll([*net.net, net.last])
+    return lambda d, z: rest(deter(d) + stoch(z))
 
 
 class _Share(torch.autograd.Function):

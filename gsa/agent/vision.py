@@ -7,12 +7,14 @@ A signed byte s stands for s/255 + OFFSET in the networks' scale of [-0.5, 0.5];
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gsa.agent.layers import BlockLinear, ChannelNorm, Layers, Norm, dense
+from gsa.agent.layers import BlockLinear, ChannelNorm, Layers, Norm, dense, fused, run
 from gsa.agent.precision import compute_dtype, full
 
 OFFSET = 128 / 255 - 0.5
@@ -45,18 +47,26 @@ class Encoder(nn.Module):
         """uint8 [..., 64, 64, C] → [..., 32·depth]."""
         return self.encode(to_patches(pixels)).view(*pixels.shape[:-3], -1)
 
-    def encode(self, patches: Tensor, first: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """int8 [N, 32, 32, 4C] → [N, 32·depth]. `first`: what `by_patch` gives, where it is at hand."""
-        weight, bias = self.by_patch() if first is None else first
-        # The first convolution, 64 → 30: the next one reads no more of its 31.
-        patches = patches[:, :31, :31].to(compute_dtype(weight), memory_format=torch.contiguous_format)
-        return self.net(F.conv2d(patches.permute(0, 3, 1, 2), weight, bias)).flatten(1)
+    def encode(self, patches: Tensor) -> Tensor:
+        """int8 [N, 32, 32, 4C] → [N, 32·depth]."""
+        return self.net(_convolve(patches, *self.by_patch())).flatten(1)
+
+    def ready(self) -> Callable[[Tensor], Tensor]:
+        """`encode`, made ready for many calls under weights that stay as they are."""
+        (weight, bias), rest = self.by_patch(), run(fused(self.net))
+        return lambda patches: rest(_convolve(patches, weight, bias)).flatten(1)
 
     def by_patch(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the first convolution, as patches of signed bytes take it."""
         weight = self.first.weight
         by_patch = weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         return _channels_last(by_patch / 255), _bias(self.first) + OFFSET * weight.sum((1, 2, 3))
+
+
+def _convolve(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The encoder's first convolution, 64 → 30: the next one reads no more of its 31."""
+    patches = patches[:, :31, :31].to(compute_dtype(weight), memory_format=torch.contiguous_format)
+    return F.conv2d(patches.permute(0, 3, 1, 2), weight, bias)
 
 
 class Decoder(nn.Module):

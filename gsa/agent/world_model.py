@@ -96,7 +96,8 @@ class WorldModel(nn.Module):
         return self._encode(observation.prepare(what, seen)).unflatten(0, shape)
 
     def _encode(self, inputs: observation.Inputs) -> Tensor:
-        return observation.encode(self.encoder, self.vector_encoder, inputs)
+        images = None if self.encoder is None else self.encoder.encode
+        return observation.encode(images, self.vector_encoder, inputs)
 
     @torch.inference_mode()
     def features(self, seen: Mapping[str, np.ndarray]) -> np.ndarray:
