@@ -151,7 +151,6 @@ class GuidedPolicy:
         self.executed(action, which)
         return action
 
-    @torch.inference_mode()
     def executed(self, action: np.ndarray, slots: Sequence[int] | np.ndarray | None = None) -> None:
         """Tells the filter what was executed [N, A] in `slots`, where that is not what `act` returned: a person took
         over."""
