@@ -48,15 +48,15 @@ def receive(
 ) -> tuple[bytes, memoryview]:
     """The next message, in a buffer of its own; by one call of the system if `expected` bytes follow its header.
 
-    EOFError where the other side has ended. `wait` is called when a socket that does not block has nothing yet. With
-    `expected`, no other message may be under way behind this one.
+    EOFError where the other side has ended, ValueError for what is no message. `wait` is called when a socket that does
+    not block has nothing yet. With `expected`, no other message may be under way behind this one.
     """
     data = memoryview(bytearray(HEADER.size + expected))
     done = _fill(source, data, 0, HEADER.size, wait)
     kind, length = HEADER.unpack_from(data)
     whole = HEADER.size + length
     if length > LONGEST or done > whole:
-        raise EOFError(f"a message of {length} bytes")
+        raise ValueError(f"a message of {length} bytes")
     if whole > len(data):
         data = memoryview(bytearray(data) + bytes(whole - len(data)))
     _fill(source, data[:whole], done, whole, wait)

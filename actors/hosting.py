@@ -209,12 +209,17 @@ class Isolated:
 
         try:
             kind, data = env_process.receive(self._link, expected, wait)
+            error = env_process.unpack_error(data) if kind == b"E" else None
         except TimeoutError:
             self._hung(what)
         except (EOFError, OSError):
             self._died(what)
-        if kind == b"E":
-            raise env_process.unpack_error(data)
+        except (ValueError, TypeError):
+            self._babbled(what)
+        if error is not None:
+            raise error
+        if expected and len(data) != expected:
+            self._babbled(what)
         return kind, data
 
     def _died(self, what: str) -> NoReturn:
@@ -224,6 +229,12 @@ class Isolated:
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         hint = " (killed from outside, or for want of memory)" if code == -signal.SIGKILL else ""
         raise EnvironmentFault(f"{self._name} failed in {what}: its process ended {how}{hint}.")
+
+    def _babbled(self, what: str) -> NoReturn:
+        self._process.kill()
+        raise EnvironmentFault(
+            f"{self._name} failed in {what}: it writes to a file that is not its own, the link to us."
+        )
 
     def _hung(self, what: str) -> NoReturn:
         within_s = env_process.START_S if what == "start" else self._timeout_s

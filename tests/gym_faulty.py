@@ -139,5 +139,7 @@ gym.register("Hungry-v0", Hungry, max_episode_steps=STEPS, kwargs={"pause_s": 0.
 gym.register("Large-v0", Large, max_episode_steps=STEPS)
 gym.register("BabblesAndStops-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "T\0\0", "stops": True})
 gym.register("Babbles-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "no answer at all"})
+gym.register("BabblesAnswers-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "T\0\0\0\4\0\0\0four"})
+gym.register("BabblesErrors-v0", Babbles, max_episode_steps=STEPS, kwargs={"said": "E\0\0\0\4\0\0\0four"})
 gym.register("Unborn-v0", Unborn, max_episode_steps=STEPS)
 gym.register("Together-v0", Together, max_episode_steps=STEPS)

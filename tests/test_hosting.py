@@ -77,7 +77,13 @@ def test_a_fault_in_a_process_of_its_own_is_a_sentence_within_its_deadline(way, 
     assert host._process.poll() is not None  # nothing is left
 
 
-@pytest.mark.parametrize(("task", "says"), [("BabblesAndStops", "no answer within 0.5 s"), ("Babbles", "SIGKILL")])
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ("BabblesAndStops", "no answer within 0.5 s"), ("Babbles", "not its own"), ("BabblesAnswers", "not its own"),
+        ("BabblesErrors", "not its own"),
+    ],
+)  # fmt: skip
 def test_an_environment_that_writes_where_answers_belong_is_a_fault_within_its_deadline(task, says, monkeypatch):
     monkeypatch.setattr(env_process, "EXIT_S", 0.3)  # until what does not end is killed
     with closing(Isolated(f"gym/{task}-v0", imports=FAULTY, timeout_s=0.5)) as host:
