@@ -194,6 +194,30 @@ def test_weights_made_ready_in_another_thread_are_taken_over_as_they_are(agent):
     assert policy._nets.state_dict()[name].data_ptr() == tensors[name].ctypes.data
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_that_come_again_and_again_lie_where_those_did_that_are_of_no_use(agent, bf16):
+    """What it acts by is not written to while the next are made ready."""
+    others = [Agent.create(WorldModel.create(MODEL, seed), BEHAVIOUR, ACTIONS, 6) for seed in range(4)]
+    policy, image, places = guided(agent), {"pixels": frames(1)[0]}, []
+    expected = policy.act(image, who(2), rngs(1))
+    for other in others:
+        tensors = other.acting_tensors(bf16)
+        for value in tensors.values():
+            value.flags.writeable = False
+        staged = policy.stage(tensors)
+        policy.begin(0)
+        np.testing.assert_array_equal(policy.act(image, who(2), rngs(1)), expected)
+        policy.load_tensors(staged)
+        policy.begin(0)
+        fresh = GuidedPolicy(MODEL, BEHAVIOUR, ACTIONS)
+        fresh.load_tensors(tensors)
+        expected = fresh.act(image, who(2), rngs(1))
+        policy.load_tensors(staged)  # once more changes nothing
+        np.testing.assert_array_equal(policy.act(image, who(2), rngs(1)), expected)
+        places.append({k: v.data_ptr() for k, v in staged.copies.items()})
+    assert places[0] and places[2] == places[0] != places[1] == places[3]
+
+
 def test_weights_in_bfloat16_are_rounded_to_the_nearest_and_biases_are_not(agent):
     exact, narrow = agent.acting_tensors(), agent.acting_tensors(bf16=True)
     assert sum(v.nbytes for v in narrow.values()) < 0.6 * sum(v.nbytes for v in exact.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,9 +41,12 @@ class _Networks:
 class _Staged(dict[str, np.ndarray]):
     """Published weights, and what acting makes of them."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], networks: _Networks) -> None:
+    def __init__(
+        self, tensors: Mapping[str, np.ndarray], weights: dict[str, Tensor], copies: dict[str, Tensor],
+        networks: _Networks,
+    ) -> None:  # fmt: skip
         super().__init__(tensors)
-        self.weights, self.networks = weights, networks
+        self.weights, self.copies, self.networks = weights, copies, networks  # copies: those of memory of their own
 
 
 class GuidedPolicy:
@@ -72,6 +76,8 @@ class GuidedPolicy:
         modules = {name: getattr(self, name) for name in names}
         self._nets = nn.ModuleDict({k: v for k, v in modules.items() if v is not None}).requires_grad_(False)
         self._networks = _Networks(self._nets)
+        self._staged: _Staged | None = None  # what it acts by
+        self._retired: list[_Staged] = []  # what it acted by before that: `stage` lets go of it, which takes long
         self.state = State(torch.zeros(envs, model.deter), torch.zeros(envs, model.latent))
         self._previous_action = torch.zeros(envs, model.max_action_dim)
         self._frames: np.ndarray | None = None
@@ -94,21 +100,36 @@ class GuidedPolicy:
         is not that of Agent.acting_tensors.
         """
         staged = tensors if isinstance(tensors, _Staged) else self.stage(tensors)
+        if staged is self._staged:
+            return
         storage.use(self._nets, staged.weights)
-        self._networks = staged.networks
+        if self._staged is not None:
+            self._retired.append(self._staged)
+        self._staged, self._networks = staged, staged.networks
 
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, np.ndarray]) -> _Staged:
-        """Makes published weights ready for `load_tensors`, in any thread, while others act. Arrays that are read-only
-        are used where they are, but for convolutions, which are rearranged. Raises SpecMismatch as above."""
-        weights = storage.from_arrays(self._nets, tensors, "The policy")
-        # As convolutions take them; torch would rearrange them for every batch.
-        convolutions = {name: w for name, w in weights.items() if w.ndim == 4}
-        weights |= {name: w.contiguous(memory_format=torch.channels_last) for name, w in convolutions.items()}
+        """Makes published weights ready for `load_tensors`, in one other thread, while this one acts. float32 arrays
+        that are read-only are used where they are, but for convolutions; the others are copied to where those lie that
+        were acted by before the present ones, which are of no use after this. Raises SpecMismatch as above."""
+        seen = storage.views(self._nets, tensors, "The policy")
+        room = dict[str, Tensor]()
+        with contextlib.suppress(IndexError):
+            room = self._retired.pop().copies
+        weights, copies = dict[str, Tensor](), dict[str, Tensor]()
+        for name, tensor in seen.items():
+            if tensor.dtype == torch.float32 and tensor.ndim < 4 and not tensors[name].flags.writeable:
+                weights[name] = tensor
+                continue
+            if name not in room:
+                # As convolutions take them; torch would rearrange them for every batch.
+                layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                room[name] = torch.empty(tensor.shape, memory_format=layout)
+            weights[name] = copies[name] = room[name].copy_(tensor)
         parameters = {
             id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in self._nets.named_parameters()
         }
-        return _Staged(tensors, weights, _Networks(copy.deepcopy(self._nets, parameters)))
+        return _Staged(tensors, weights, copies, _Networks(copy.deepcopy(self._nets, parameters)))
 
     @torch.no_grad()
     def load_prior(self, tensors: Mapping[str, np.ndarray]) -> None:

@@ -107,12 +107,19 @@ def to_array(tensor: Tensor, bf16: bool, out: np.ndarray | None = None) -> np.nd
 
 def from_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, Tensor]:
     """float32 tensors for `use`. Read-only arrays, which nobody will change, are shared; others are copied. Raises
-    SpecMismatch, naming the first, unless names, shapes and dtypes are those of the module."""
+    SpecMismatch as `views` does."""
+    seen = views(module, arrays, what)
+    return {name: tensor.to(torch.float32, copy=arrays[name].flags.writeable) for name, tensor in seen.items()}
+
+
+def views(module: nn.Module, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, Tensor]:
+    """The arrays' memory as tensors of float32 or bfloat16, which are not to be written to. Raises SpecMismatch, naming
+    the first, unless names, shapes and dtypes are those of the module."""
     _require_same(module.state_dict(), arrays, what)
     for name, array in arrays.items():
         if array.dtype not in (np.float32, BFLOAT16):
             raise SpecMismatch(f"{what}: '{name}' is {array.dtype}, float32 or bfloat16 expected.")
-    return {name: _shared(a).to(torch.float32, copy=a.flags.writeable) for name, a in arrays.items()}
+    return {name: _shared(array) for name, array in arrays.items()}
 
 
 def use(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
