@@ -1,4 +1,8 @@
-"""Tensors as bytes: a JSON manifest and chunks of raw memory. No pickle, nothing that a reader executes."""
+"""Tensors as bytes: a manifest and chunks of raw memory. No pickle, nothing that a reader executes.
+
+A manifest is two lines of JSON: what differs from version to version, and the tensors' names, dtypes, shapes and
+offsets, which hardly ever do. So the second is written, read and checked once for all that come after it.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,14 @@ from isal.isal_zlib import crc32
 from gsa.errors import FormatError
 from gsa.schema import BFLOAT16, WeightSnapshot
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 8 << 20
 ALIGN = 64  # of each tensor within the whole, so that views of it are aligned
 MAX_BYTES = 16 << 30  # a manifest that claims more is refused before memory is taken
 MAX_AXES = 32
+LAYOUTS = 2  # are remembered
 Value = tuple[int, Iterable[memoryview]]  # its size, and its bytes in pieces
+Entries = tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset of each tensor
 DTYPES = ("float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool", "bfloat16")
 
 
@@ -30,7 +36,7 @@ class Packed:
 
     version: int
     memory: np.ndarray  # [bytes] uint8, of this alone
-    entries: tuple[tuple[str, str, list[int], int], ...]  # name, dtype, shape, offset of each tensor
+    entries: Entries
     meta: Mapping[str, Any]
 
     @property
@@ -46,10 +52,11 @@ class Packed:
     def manifest(self, epoch: int, checksums: Sequence[int] | None = None) -> bytes:
         """`checksums`: of the chunks, where they are known already."""
         checks = [crc32(c) for c in self.chunks] if checksums is None else list(checksums)
-        return json.dumps({
+        header = {
             "format": FORMAT, "epoch": epoch, "version": self.version, "bytes": self.size, "chunk_bytes": CHUNK_BYTES,
-            "crc32": checks, "tensors": self.entries, "meta": dict(self.meta),
-        }).encode()  # fmt: skip
+            "crc32": checks, "meta": dict(self.meta),
+        }  # fmt: skip
+        return _lines(header, _described(self.entries))
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Blank:
     """Memory laid out for a snapshot's tensors, to be written to."""
 
     memory: np.ndarray  # [bytes] uint8
-    entries: tuple[tuple[str, str, list[int], int], ...]  # as those of Packed
+    entries: Entries
 
     @functools.cached_property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -67,7 +74,7 @@ class Blank:
     def holds(self, tensors: Mapping[str, np.ndarray]) -> bool:
         """Whether these are the arrays that `tensors` gives, so that nothing is left to copy."""
         own = self.tensors
-        return list(own) == list(tensors) and all(_is_same(own[name], tensors[name]) for name in own)
+        return list(own) == list(tensors) and all(own[name] is tensors[name] for name in own)
 
 
 def pack(
@@ -89,7 +96,7 @@ def _laid_out(tensors: Mapping[str, np.ndarray], room: Callable[[int], np.ndarra
         dtype = "bfloat16" if tensor.dtype == BFLOAT16 else str(tensor.dtype)
         if dtype not in DTYPES:
             raise FormatError(f"Tensor {name} is of dtype {dtype}; published are {', '.join(DTYPES)}.")
-        entries.append((name, dtype, list(tensor.shape), end))
+        entries.append((name, dtype, tensor.shape, end))
         end += _aligned(tensor.nbytes)
     whole = room(end)
     for (*_, offset), tensor in zip(entries, tensors.values(), strict=True):
@@ -119,7 +126,7 @@ def receive(
     and then this is None too. Manifest and chunks are not trusted: FormatError where they do not fit together; room
     has then bytes of no use in it. Returns the description that `snapshot` takes with the memory.
     """
-    data = _read_manifest(manifest)
+    data, layout = _read_manifest(manifest)
     if (data["epoch"], data["version"], len(data["crc32"])) != head:
         raise FormatError(f"The manifest of version {head[1]} is that of {data['version']}, or of other chunks.")
     room.reserve(data["bytes"])
@@ -130,7 +137,7 @@ def receive(
         size, pieces = fetched
         if size != min(data["chunk_bytes"], data["bytes"] - at) or _write(pieces, at, room) != expected:
             raise FormatError(f"Chunk {i} of version {data['version']} is damaged.")
-    return json.dumps({key: data[key] for key in ("epoch", "version", "meta", "tensors")}).encode()
+    return _lines({key: data[key] for key in ("epoch", "version", "meta")}, layout)
 
 
 def _write(pieces: Iterable[memoryview], at: int, room: Room) -> int:
@@ -145,8 +152,9 @@ def _write(pieces: Iterable[memoryview], at: int, room: Room) -> int:
 
 def snapshot(description: bytes, whole: np.ndarray) -> WeightSnapshot:
     """The snapshot whose tensors lie in `whole` [bytes], as views; they are read-only."""
-    data = json.loads(description)
-    tensors = {name: _view(whole, dtype, shape, offset) for name, dtype, shape, offset in data["tensors"]}
+    header, layout = description.split(b"\n")
+    data, entries = json.loads(header), _entries(layout, len(whole))
+    tensors = {name: _view(whole, dtype, shape, offset) for name, dtype, shape, offset in entries}
     for tensor in tensors.values():
         tensor.flags.writeable = False
     return WeightSnapshot(data["version"], tensors, {**data["meta"], "epoch": data["epoch"]})
@@ -159,9 +167,15 @@ def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
         raise FormatError(f"The meta of a snapshot must be plain data: {error}.") from None
 
 
-def _read_manifest(manifest: bytes) -> dict[str, Any]:
+def _lines(header: Mapping[str, Any], layout: bytes) -> bytes:
+    return json.dumps(header).encode() + b"\n" + layout
+
+
+def _read_manifest(manifest: bytes) -> tuple[dict[str, Any], bytes]:
+    """The first line's data, and the second line."""
+    header, _, layout = manifest.partition(b"\n")
     try:
-        data = json.loads(manifest)
+        data = json.loads(header)
         if data["format"] != FORMAT:
             raise FormatError(f"Weights of format {data['format']!r}; this is format {FORMAT}.")
         chunks = len(data["crc32"])
@@ -170,21 +184,34 @@ def _read_manifest(manifest: bytes) -> dict[str, Any]:
             raise ValueError("a size is not a natural number")
         if data["bytes"] > MAX_BYTES or chunks != -(-data["bytes"] // data["chunk_bytes"]):
             raise ValueError(f"{chunks} chunks for {data['bytes']} bytes")
-        room = data["bytes"]
-        for name, dtype, shape, offset in data["tensors"]:
-            if not isinstance(name, str) or dtype not in DTYPES:
-                raise ValueError(f"tensor {name!r} of dtype {dtype!r}")
-            if not all(type(n) is int and n >= 0 for n in (*shape, offset)) or offset % ALIGN:
-                raise ValueError(f"tensor {name} of shape {shape} at {offset}")
-            if len(shape) > MAX_AXES or math.prod(n or 1 for n in shape) > MAX_BYTES:  # also one with nothing in it
-                raise ValueError(f"tensor {name} of shape {shape}")
-            size = math.prod(shape) * _stored(dtype).itemsize
-            room -= _aligned(size)
-            if offset + size > data["bytes"] or room < 0:
-                raise ValueError(f"tensor {name} goes past the end, or overlaps others")
-        return dict(data)
+        _entries(layout, data["bytes"])
+        return dict(data), layout
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FormatError(f"Not a manifest of weights: {error!r}.") from None
+
+
+@functools.lru_cache(LAYOUTS)
+def _described(entries: Entries) -> bytes:
+    return json.dumps(entries).encode()
+
+
+@functools.lru_cache(LAYOUTS)
+def _entries(layout: bytes, size: int) -> Entries:
+    """What `_described` described, of tensors within `size` bytes; ValueError or TypeError where it cannot be."""
+    room, entries = size, []
+    for name, dtype, shape, offset in json.loads(layout):
+        if not isinstance(name, str) or dtype not in DTYPES:
+            raise ValueError(f"tensor {name!r} of dtype {dtype!r}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, offset)) or offset % ALIGN:
+            raise ValueError(f"tensor {name} of shape {shape} at {offset}")
+        if len(shape) > MAX_AXES or math.prod(n or 1 for n in shape) > MAX_BYTES:  # also one with nothing in it
+            raise ValueError(f"tensor {name} of shape {shape}")
+        length = math.prod(shape) * _stored(dtype).itemsize
+        room -= _aligned(length)
+        if offset + length > size or room < 0:
+            raise ValueError(f"tensor {name} goes past the end, or overlaps others")
+        entries.append((name, dtype, tuple(shape), offset))
+    return tuple(entries)
 
 
 def _stored(dtype: str) -> np.dtype:
@@ -200,13 +227,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array["bfloat16"] if array.dtype == BFLOAT16 else array
 
 
-def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether they are one array."""
-    places = (x.__array_interface__["data"] for x in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and a.strides == b.strides and len({*places}) == 1
-
-
-def _view(whole: np.ndarray, dtype: str, shape: list[int], offset: int) -> np.ndarray:
+def _view(whole: np.ndarray, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
     try:
         return np.ndarray(shape, _stored(dtype), whole, offset)
     except TypeError as error:

@@ -7,7 +7,7 @@ Under gsa:<run>:<group>:
     notice                          channel: the new head
     recent                          heads "… … …,… … …" that were superseded last and may still be fetched
     anchor                          one that was superseded and stays for GRACE_S: for who is too slow for the others
-    <epoch>:<version>:manifest      JSON: names, dtypes, shapes, offsets, checksums, meta
+    <epoch>:<version>:manifest      of gsa.packing: names, dtypes, shapes, offsets, checksums, meta
     <epoch>:<version>:<i>           chunk i, raw bytes
 
 The head's version does not expire; a superseded one goes when RECENT newer ones were superseded, but for one in each

@@ -99,9 +99,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
 def to_array(tensor: Tensor, bf16: bool, out: np.ndarray | None = None) -> np.ndarray:
     """A copy on the CPU as float32; with `bf16`, where the tensor has two or more axes, as BFLOAT16: biases and norms
     are never rounded. Into `out`, if that is given, which an earlier call returned for the tensor."""
+    if out is not None:
+        _shared(out).copy_(tensor)
+        return out
     dtype = torch.bfloat16 if bf16 and tensor.ndim >= 2 else torch.float32
-    copy = torch.empty(tensor.shape, dtype=dtype) if out is None else _shared(out)
-    copy.copy_(tensor)
+    copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
     return copy.numpy() if dtype == torch.float32 else copy.view(torch.int16).numpy().view(BFLOAT16)
 
 
