@@ -79,7 +79,7 @@ class Environment:
             control_hz=simulation.control_hz / task.action_repeat,
             renderer=simulation.renderer,
         )
-        self._arrays = [(k, v.shape, np.dtype(v.dtype)) for k, v in self.spec.observation.items()]
+        self._arrays = [(k, v.shape, np.dtype(v.dtype), v.is_image) for k, v in self.spec.observation.items()]
         self._frames_left = 0
 
     @property
@@ -162,11 +162,11 @@ class Environment:
     def _observe(self) -> Observation:
         observe = getattr(self.simulation, "observe", None)
         observation = observe() if observe else {"pixels": self.simulation.render()}
-        for name, shape, dtype in self._arrays:
+        for name, shape, dtype, is_image in self._arrays:
             value = observation[name]
             if value.shape != shape or value.dtype != dtype:
                 raise ValueError(f"{name} has shape {value.shape} and dtype {value.dtype}, not {shape} {dtype}")
-            if dtype != np.uint8 and not np.all(np.isfinite(value)):
+            if not is_image and not np.all(np.isfinite(value)):
                 raise ValueError(f"{name} has NaN or infinite values")
         return observation
 

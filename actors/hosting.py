@@ -132,8 +132,7 @@ class Isolated:
         self._readable = select.poll()
         self._readable.register(self._link, select.POLLIN)
         self._expected: deque[tuple[str, float]] = deque()  # what was asked and when the answer is due
-        self._about: tuple[Task, Spec] | None = None
-        self._layout: env_process.Layout | None = None
+        self._about: tuple[Task, Spec, env_process.Layout] | None = None
         described = json.dumps([task, render, list(imports), timeout_s]).encode()
         self._ask("start", env_process.START_S, b"M", described)
 
@@ -168,9 +167,7 @@ class Isolated:
         return self._expected[0][1] + GRACE_S
 
     def answer(self) -> Any:
-        self._introduced()
-        layout = self._layout
-        assert layout is not None
+        *_, layout = self._introduced()
         kind, data = self._receive(layout.size)
         return layout.unpack_step(data) if kind == b"T" else layout.unpack_observation(data)
 
@@ -182,11 +179,11 @@ class Isolated:
         self._link.close()
         _end(self._process)
 
-    def _introduced(self) -> tuple[Task, Spec]:
+    def _introduced(self) -> tuple[Task, Spec, env_process.Layout]:
         if self._about is None:
             about = json.loads(bytes(self._receive()[1]))
-            self._about = Task(**about["task"]), Spec.from_json(about["spec"])
-            self._layout = env_process.Layout(self._about[1])
+            spec = Spec.from_json(about["spec"])
+            self._about = Task(**about["task"]), spec, env_process.Layout(spec)
         return self._about
 
     def _ask(self, what: str, within_s: float, kind: bytes, content: bytes) -> None:

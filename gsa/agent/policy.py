@@ -147,7 +147,7 @@ class GuidedPolicy:
 
     @torch.inference_mode()
     def act(
-        self, observation: Mapping[str, np.ndarray], controller: np.ndarray, rngs: Sequence[np.random.Generator],
+        self, observation: Mapping[str, np.ndarray], controller: np.ndarray, rngs: Rngs,
         sample: bool = True, slots: Sequence[int] | None = None,
     ) -> np.ndarray:  # fmt: skip
         """One action for each of N environments: float32 [N, A] in [-1, 1].
@@ -192,9 +192,7 @@ class GuidedPolicy:
         self._fresh = memory["fresh"].copy()
         self._frames = None if memory["frames"] is None else memory["frames"].copy()
 
-    def _filter(
-        self, which: np.ndarray, observation: Mapping[str, np.ndarray], rngs: Sequence[np.random.Generator]
-    ) -> State:
+    def _filter(self, which: np.ndarray, observation: Mapping[str, np.ndarray], rngs: Rngs) -> State:
         """The latents [N, …] of the environments `which`, having seen the observation."""
         uniform = np.empty((len(rngs), self.model.stoch), np.float32)
         for row, rng in zip(uniform, rngs, strict=True):
