@@ -10,12 +10,17 @@ interval, from five minutes of its age on: until then allocators and caches fill
 the mark of this soak, no new shared memory under the names that a run's processes give it, no key in Redis that does
 not expire.
 
-    python -m benchmarks.soak [--quick] [--save] [--hours 2]
+--peace STEPS does another thing: one run of so many steps (45,000: a good hour) in which nothing is killed, recorded as
+soak-peace. Only there do processes live long enough to tell what fills once from what grows for ever: the slope is
+taken from twenty minutes of age on, and that of each quarter of an hour is told beside it.
+
+    python -m benchmarks.soak [--quick] [--save] [--hours 2] [--peace STEPS]
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -47,7 +52,8 @@ gym.register("Soak-v0", Counting, max_episode_steps=STEPS, kwargs={"pause_s": 0.
 MARK = "GSA_SOAK"
 WORKERS, BUDGET, SEED = 2, 12_000, 0  # agent steps: some fifteen minutes a run
 SHARED = ("plasma", "ray", "torch_", "psm_", "sem.")
-KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S = 60.0, 10.0, 300.0
+KILL_EVERY_S, SAMPLE_EVERY_S, YOUNG_S, QUARTER_S = 60.0, 10.0, 300.0, 900.0
+SETTLED_S = 1200.0  # of age: in a run that is left in peace
 PARTS = {  # what is killed: the title of its processes, and how often it is drawn
     "a worker": ("GSAEnvRunner", 4), "all workers": ("GSAEnvRunner", 1), "replay": ("ReplayActor", 2),
     "learner": ("LearnerActor", 2), "evaluator": ("EvaluatorActor", 1), "redis": ("", 2), "driver": ("", 2),
@@ -114,12 +120,14 @@ class Soak:
             "lasting_redis_keys": len(lasting),
         }
 
-    def slope(self, part: str = "") -> dict[str, float | None]:
+    def slope(self, part: str = "", age: tuple[float, float] = (YOUNG_S, math.inf)) -> dict[str, float | None]:
         """Megabytes an hour that a process grows by, with its 95 % interval; None where too little was sampled. Of all
-        processes, or of those of one part."""
+        processes, or of those of one part; while they are as old as `age` says, in seconds."""
         data = [
-            (pid, t, mb) for pid, of, t, mb in self.memory if t - self._born[pid] > YOUNG_S and part in ("", of)
-        ]  # fmt: skip
+            (pid, t, mb)
+            for pid, of, t, mb in self.memory
+            if age[0] < t - self._born[pid] <= age[1] and part in ("", of)
+        ]
         if len(data) < 10:
             return {"mb_per_hour": None, "low": None, "high": None, "samples": len(data)}
         pids = np.array([pid for pid, *_ in data])
@@ -167,21 +175,25 @@ class Soak:
 
 
 def main() -> int:
-    options = harness.arguments(__doc__, {"--hours": 2.0})
+    options = harness.arguments(__doc__, {"--hours": 2.0, "--peace": 0.0})
     hours, every_s, budget = (0.02, 20.0, 800) if options.quick else (options.hours, KILL_EVERY_S, BUDGET)
+    if options.peace:
+        hours, budget = 0.0, int(options.peace)
     shared_memory, started = _shared_memory(), time.time()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), started + 3600 * hours, every_s, budget)
-        while time.time() < soak.end:
+        while not soak.runs or time.time() < soak.end:
             soak.run(len(soak.runs))
             print(json.dumps({"hours": (time.time() - started) / 3600, **soak.runs[-1], "kills": dict(soak.kills)}))
-        leaks, slope = soak.leaks(shared_memory), soak.slope()
+        leaks = soak.leaks(shared_memory)
         soak.redis.close()
     wrong = {key: sum(run[key] for run in soak.runs) for key in ("missing_steps", "disordered", "log_rows_wrong")}
     goals = {
         name: {"value": value, "goal": "== 0", "holds": value == 0}
         for name, value in {**wrong, "failed_runs": sum(r["exit"] != 0 for r in soak.runs), **leaks}.items()
     }
+    age = (SETTLED_S if options.peace else YOUNG_S, math.inf)
+    parts, slope = sorted({row[1] for row in soak.memory}), soak.slope(age=age)
     goals["memory_slope_mb_per_hour"] = {
         "value": slope["mb_per_hour"], "goal": "interval reaches down to 0, or slope < 5",
         "holds": slope["low"] is None or slope["low"] <= 0 or bool(slope["mb_per_hour"] < 5),
@@ -189,10 +201,17 @@ def main() -> int:
     result = {
         "hours": (time.time() - started) / 3600, "runs": soak.runs, "kills": dict(soak.kills),
         "steps": sum(run["steps"] for run in soak.runs), "memory": slope, "seed": SEED,
-        "memory_by_part": {part: soak.slope(part) for part in sorted({row[1] for row in soak.memory})},
-        "seconds_to_next_step": _medians(soak.recovered),
+        "memory_by_part": {part: soak.slope(part, age) for part in parts},
     }  # fmt: skip
-    return harness.finish("soak", result, goals, options)
+    if options.peace:
+        starts = np.arange(0.0, time.time() - started, QUARTER_S)
+        result["memory_by_quarter"] = {
+            part or "all": [soak.slope(part, (start, start + QUARTER_S))["mb_per_hour"] for start in starts]
+            for part in ("", *parts)
+        }
+    else:
+        result["seconds_to_next_step"] = _medians(soak.recovered)
+    return harness.finish("soak-peace" if options.peace else "soak", result, goals, options)
 
 
 def _shared_memory() -> set[str]:
