@@ -58,25 +58,34 @@ static SHORT void rows_forward(
     }
 }
 
+/* block: [2, n], of zeros: where the gradients of weight and bias are added up. */
 static SHORT void rows_backward(
     long rows, long n, const value *restrict x, const float *restrict weight, const float *restrict bias,
-    const float *restrict stats, const value *restrict grad, value *restrict out, float *restrict inner,
-    float *restrict sums) {
+    const float *restrict stats, const value *restrict grad, value *restrict out, float *restrict h,
+    float *restrict inner, float *restrict block) {
     for (long i = 0; i < rows; i++, x += n, grad += n, out += n, stats += 2) {
         float mean = stats[0], scale = stats[1], sum = 0, dot = 0;
         for (long j = 0; j < n; j++) {
-            float h = (get(x, j) - mean) * scale, z = h * weight[j] + bias[j];
+            h[j] = (get(x, j) - mean) * scale;
+            float z = h[j] * weight[j] + bias[j];
             float gate = 1 / (1 + exponential(-z));
             inner[j] = get(grad, j) * gate * (1 + z * (1 - gate));
-            sum += inner[j] * weight[j], dot += inner[j] * weight[j] * h;
+            block[j] += inner[j] * h[j], block[n + j] += inner[j];
+            inner[j] *= weight[j];
+            sum += inner[j], dot += inner[j] * h[j];
         }
         sum /= n, dot /= n;
-        for (long j = 0; j < n; j++) {
-            float h = (get(x, j) - mean) * scale;
-            set(out, j, scale * (inner[j] * weight[j] - sum - h * dot));
-            if (sums) sums[j] += inner[j] * h, sums[n + j] += inner[j];
-        }
+        for (long j = 0; j < n; j++) set(out, j, scale * (inner[j] - sum - h[j] * dot));
     }
+}
+
+/* The same for short rows, whose arrays the compiler keeps in registers. */
+static SHORT void short_backward(
+    long rows, long n, const value *restrict x, const float *restrict weight, const float *restrict bias,
+    const float *restrict stats, const value *restrict grad, value *restrict out, float *restrict sums) {
+    float h[32], inner[32], block[64] = {0};
+    rows_backward(rows, n, x, weight, bias, stats, grad, out, h, inner, block);
+    for (long j = 0; j < 2 * n; j++) sums[j] += block[j];
 }
 
 /* x, y [rows, n]; weight, bias [n]; stats [rows, 2]: mean and 1 / standard deviation. */
@@ -90,23 +99,22 @@ void norm_silu_forward(
     }
 }
 
-/* out [rows, n]: the gradient of x. work [5, n], of zeros: rows 0 and 1 become the gradients of weight and bias. */
+/* out [rows, n]: the gradient of x. work [6, n], of zeros: rows 0 and 1 become the gradients of weight and bias. */
 void norm_silu_backward(
     long rows, long n, const value *x, const float *weight, const float *bias, const float *stats, const value *grad,
-    value *out, float *work, int weights_too) {
-    float *block = work + 2 * n, *inner = work + 4 * n;
+    value *out, float *work) {
+    float *block = work + 2 * n, *h = work + 4 * n, *inner = work + 5 * n;
     for (long i = 0; i < rows; i += BLOCK) {
         long m = rows - i < BLOCK ? rows - i : BLOCK;
-        float *sums = weights_too ? block : 0;
         const value *xs = x + i * n, *grads = grad + i * n;
         switch (n) {
-        case 8: rows_backward(m, 8, xs, weight, bias, stats + 2 * i, grads, out + i * n, inner, sums); break;
-        case 16: rows_backward(m, 16, xs, weight, bias, stats + 2 * i, grads, out + i * n, inner, sums); break;
-        case 32: rows_backward(m, 32, xs, weight, bias, stats + 2 * i, grads, out + i * n, inner, sums); break;
-        default: rows_backward(m, n, xs, weight, bias, stats + 2 * i, grads, out + i * n, inner, sums);
+        case 8: short_backward(m, 8, xs, weight, bias, stats + 2 * i, grads, out + i * n, work); break;
+        case 16: short_backward(m, 16, xs, weight, bias, stats + 2 * i, grads, out + i * n, work); break;
+        case 32: short_backward(m, 32, xs, weight, bias, stats + 2 * i, grads, out + i * n, work); break;
+        default:
+            rows_backward(m, n, xs, weight, bias, stats + 2 * i, grads, out + i * n, h, inner, block);
+            for (long j = 0; j < 2 * n; j++) work[j] += block[j];
+            memset(block, 0, 2 * n * sizeof(float));
         }
-        if (!weights_too) continue;
-        for (long j = 0; j < 2 * n; j++) work[j] += block[j];
-        memset(block, 0, 2 * n * sizeof(float));
     }
 }

@@ -74,13 +74,12 @@ class _NormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, bias, stats = ctx.saved_tensors
-        grad, out, weights_too = grad.contiguous(), torch.empty_like(x), any(ctx.needs_input_grad[1:3])
-        work = weight.new_zeros(5, x.shape[-1])
+        grad, out, work = grad.contiguous(), torch.empty_like(x), weight.new_zeros(6, x.shape[-1])
         ctx.library.norm_silu_backward(
             len(stats), x.shape[-1], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
-            grad.data_ptr(), out.data_ptr(), work.data_ptr(), weights_too,
+            grad.data_ptr(), out.data_ptr(), work.data_ptr(),
         )  # fmt: skip
-        return out, *((work[0], work[1]) if weights_too else (None, None)), None, None
+        return out, work[0], work[1], None, None
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, library: ctypes.CDLL) -> tuple[Tensor, Tensor]:
@@ -103,7 +102,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         _log.info("Layers run as separate operations of torch, which is slower: %s", error)
         return None
     library.norm_silu_forward.argtypes = [_long, _long, ctypes.c_float, *[_pointer] * 5]
-    library.norm_silu_backward.argtypes = [_long, _long, *[_pointer] * 7, ctypes.c_int]
+    library.norm_silu_backward.argtypes = [_long, _long, *[_pointer] * 7]
     library.norm_silu_forward.restype = library.norm_silu_backward.restype = None
     return library
 
