@@ -106,18 +106,22 @@ def summary(now: Sequence[Standing]) -> str:
 
 
 def scores(now: Sequence[Standing]) -> Table:
-    """Task × method: the mean score of the trials that are done, and how many are."""
-    columns = list(dict.fromkeys((each.trial.method, each.trial.variant) for each in now))
+    """Task × method, whichever are more as rows: the mean score of the trials that are done, and how many are."""
+    tasks = dict.fromkeys(each.trial.task for each in now)
+    methods = dict.fromkeys(_method(each.trial) for each in now)
+    down, across = (methods, tasks) if len(methods) > len(tasks) else (tasks, methods)
     table = Table(title="score, and trials done", title_justify="left")
-    table.add_column("task", overflow="fold")
-    for method, variant in columns:
-        table.add_column(f"{method} {variant}".strip(), justify="right")
-    for task in dict.fromkeys(each.trial.task for each in now):
-        cells = [
-            _cell([e for e in now if (e.trial.task, e.trial.method, e.trial.variant) == (task, *c)]) for c in columns
-        ]
-        table.add_row(task, *cells)
+    table.add_column("method" if down is methods else "task", overflow="fold")
+    for column in across:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in down:
+        pairs = [{row, column} for column in across]
+        table.add_row(row, *(_cell([e for e in now if {e.trial.task, _method(e.trial)} == pair]) for pair in pairs))
     return table
+
+
+def _method(trial: Trial) -> str:
+    return f"{trial.method} {trial.variant}".strip()
 
 
 class TimeLeft:

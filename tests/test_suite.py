@@ -232,6 +232,18 @@ def test_status_and_report_of_a_folder_with_a_part_of_the_trials(whole, tmp_path
     assert any("torn" in note for note in report["notes"])
 
 
+def test_the_table_has_more_rows_than_columns():
+    suite = configs.load(SuiteConfig, SUITES / "evidence.yaml")
+    now = [suite_progress.Standing(trial, "done", score=10.0 * trial.seed) for trial in suite.trials(Path("out"))]
+    table = suite_progress.scores(now)
+    assert [column.header for column in table.columns] == ["method", *suite.tasks]
+    cells = {name: list(row) for name, *row in zip(*(column.cells for column in table.columns), strict=True)}
+    assert cells["gsa"] == ["15.0 4/4"] * 4
+    assert cells["gsa larger-budget"] == ["10.0 3/3", "", "", ""]
+    few = [each for each in now if each.trial.method in ("scratch", "gsa") and not each.trial.variant]
+    assert [column.header for column in suite_progress.scores(few).columns] == ["task", "scratch", "gsa"]
+
+
 def test_there_is_nothing_to_tell_of_a_suite_that_was_not_begun(tmp_path, capsys):
     file = write(tmp_path / "small.yaml")
     for what in ("status", "report"):

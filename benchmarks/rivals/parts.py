@@ -1,13 +1,16 @@
-"""Where our update's time goes: its parts by themselves, each forward and backward on inputs of the right shapes, and
-how many floating-point operations of matrix products and convolutions each needs."""
+"""Where our update's time goes: its parts by themselves, each forward and backward on inputs of the right shapes, how
+many floating-point operations of matrix products and convolutions each needs, and how long all of these take alone."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals import Case
@@ -19,6 +22,50 @@ from gsa.agent.rssm import State
 from gsa.agent.vision import squared_error
 from gsa.agent.world_model import TensorBatch
 from learner.finetune import FineTuner
+
+_OPS = torch.ops.aten
+PRODUCTS = {
+    op.default
+    for op in (_OPS.mm, _OPS.addmm, _OPS.bmm, _OPS.baddbmm, _OPS.convolution, _OPS.convolution_backward)
+}  # fmt: skip
+
+
+class Products(TorchDispatchMode):
+    """Keeps which matrix products and convolutions are computed inside, in which shapes, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.calls: dict[str, tuple[Any, list[Any]]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in PRODUCTS:
+            alike = [torch.empty_strided(a.shape, a.stride()).normal_() if isinstance(a, Tensor) else a for a in args]
+            key = repr([op, *((a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args)])
+            self.counts[key] += 1
+            self.calls.setdefault(key, (op, alike))
+        return op(*args, **(kwargs or {}))
+
+    def seconds(self, rounds: int) -> float:
+        """Of all of them, one after the other and nothing else: each at its fastest, with its arguments in the cache as
+        far as they fit."""
+        total = 0.0
+        for key, (op, args) in self.calls.items():
+            best = float("inf")
+            for _ in range(rounds):
+                started = time.perf_counter()
+                op(*args)
+                best = min(best, time.perf_counter() - started)
+            total += best * self.counts[key]
+        return total
+
+
+def products_alone(case: Case, rounds: int) -> float:
+    """Seconds that the products and convolutions of one update take by themselves, in their own shapes."""
+    learner, data = tuner(case), batch(case)
+    with Products() as products:
+        learner.update(data)
+    return products.seconds(rounds)
 
 
 def parts(case: Case) -> dict[str, Callable[[], object]]:
