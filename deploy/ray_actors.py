@@ -37,7 +37,7 @@ class ReplayActor:
 
     def __init__(self, config: FinetuneConfig, run: Path, sources: str) -> None:
         require_same_sources(sources, "The replay service")
-        self._state = run / "replay.json"
+        self._state, self._saving = run / "replay.json", threading.Lock()
         self._service = parts.replay_service(config, run)
         if self._state.exists():
             self._service.restore(json.loads(self._state.read_text()))
@@ -73,8 +73,8 @@ class ReplayActor:
         cannot find in the store."""
         service = self._service
         service.renew(living)
-        try:
-            with replace_file(self._state) as file:
+        try:  # one after the other: a driver that had no answer asks again while this goes on
+            with self._saving, replace_file(self._state) as file:
                 file.write(json.dumps(service.state()).encode())
         except OSError as error:
             raise Unavailable(f"Cannot write {self._state}: {error.strerror}. Free some space.") from None

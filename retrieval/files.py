@@ -7,6 +7,7 @@ import fcntl
 import io
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,9 @@ class BlockFile(WholeFile):
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[WholeFile]:
-    """A file to write that takes the place of `path`, durably, when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A file to write that takes the place of `path`, durably, when the block ends without an error. Of several threads
+    or processes the last to end has its own there, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with WholeFile(temporary, "w") as file:
             yield file

@@ -54,7 +54,7 @@ class Actor(ReplayActor):
     """The run's own, over the stores of this test."""
 
     def __init__(self, folder):
-        self._state, self._service = folder / "replay.json", service(folder)
+        self._state, self._saving, self._service = folder / "replay.json", threading.Lock(), service(folder)
         if self._state.exists():
             self._service.restore(json.loads(self._state.read_text()))
 
@@ -207,6 +207,21 @@ def test_a_worker_waits_when_four_episodes_are_on_their_way(folder, ray_here):
     adding.join(SOON_S)
     assert not adding.is_alive()
     assert link.flush(SOON_S)
+    ray.kill(actor)
+
+
+def test_a_service_that_was_paused_answers_all_who_asked_meanwhile(folder, ray_here):
+    """A driver without an answer asks again: several reports then run, and save, at once."""
+    actor = started(folder)
+    pid = ray.get(actor.pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asked = [actor.report.remote(0, ["w"]) for _ in range(100)]
+        time.sleep(1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert [report["collected"] for report in ray.get(asked, timeout=SOON_S)] == [0] * 100
+    assert ray.get(actor.pid.remote(), timeout=SOON_S) == pid
     ray.kill(actor)
 
 
