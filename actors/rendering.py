@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import copy
 import ctypes.util
-import functools
 import hashlib
 import importlib
 import os
@@ -197,12 +196,13 @@ def _borrow(model: Any, content: bytes, profile: Profile, renderer: Renderer) ->
     return _canvases[key]
 
 
-@functools.cache
 def _free_before_exit() -> None:
     """Frees what a program leaves open before the OpenGL library ends itself, which would be reported as errors.
 
-    Exit handlers run last in, first out: this one is registered after that of the first GLContext.
+    Exit handlers run last in, first out: this one is registered anew after every new context, as MuJoCo registers one
+    with its first, and dm_control another when it is imported.
     """
+    atexit.unregister(_free_all)
     atexit.register(_free_all)
 
 

@@ -171,8 +171,16 @@ def test_another_thread_is_told_to_make_its_own(environment):
     assert "make one for each thread" in errors[0]
 
 
-def test_a_program_that_closes_nothing_ends_quietly():
-    code = "from actors.environment import make; e = make('dmc/cartpole-balance'); e.reset(0)"
+@pytest.mark.parametrize("tasks", [["dmc/cartpole-balance"], ["metaworld/reach-v3", "dmc/cartpole-balance"]])
+def test_a_program_that_closes_nothing_ends_quietly(tasks):
+    """Also where the second simulator has an exit handler of its own, registered after the first was drawn."""
+    code = f"""
+from actors.environment import make
+opened = []
+for task in {tasks}:
+    opened.append(make(task))
+    opened[-1].reset(0)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
