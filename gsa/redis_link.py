@@ -10,9 +10,10 @@ Under gsa:<run>:<group>:
     <epoch>:<version>:manifest      of gsa.packing: names, dtypes, shapes, offsets, checksums, meta
     <epoch>:<version>:<i>           chunk i, raw bytes
 
-The head's version does not expire; a superseded one goes when RECENT newer ones were superseded, but for one in each
-ANCHOR_S, or after GRACE_S; one that was never finished after UNFINISHED_S. So there are never more than VERSIONS,
-however fast they come. When the run is over, all of the group expire after GRACE_S.
+The head's version goes KEPT_S after it came, and a publisher that still has it sends it again; a superseded one when
+RECENT newer ones were superseded, but for one in each ANCHOR_S, or after GRACE_S; one that was never finished after
+UNFINISHED_S. So there are never more than VERSIONS, however fast they come. When the run is over, all of the group
+expire after GRACE_S.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ ANCHOR_S = 20  # one in so many seconds stays that long: a fetch may take GRACE_
 RECENT = 3  # of the others so many stay
 VERSIONS = 1 + RECENT + 1 + GRACE_S // ANCHOR_S + 1  # head, recent, anchors, and one that is being sent
 UNFINISHED_S = 600  # longer than sending one takes
+KEPT_S = 86_400  # what is left of a run that was killed, and that nobody goes on with
 MAX_MANIFEST_BYTES = 64 << 20
 SOCKET_TIMEOUT_S = 5.0
 _GO_ON = "Workers act on with the weights they have."
 
-# Keys: epoch, head. Arguments: the epoch wanted; 1 to get one above all before it, 0 for this one or none.
+# Keys: epoch, head. Arguments: the epoch wanted; 1 to get one above all before it, 0 for this one or none; KEPT_S.
 _CLAIM = """
 local wanted, claimed = tonumber(ARGV[1]), tonumber(redis.call('GET', KEYS[1]) or '0')
 local epoch = math.max(wanted, claimed + tonumber(ARGV[2]))
 if ARGV[2] == '0' and epoch > wanted then return {'fenced', false} end
-redis.call('SET', KEYS[1], string.format('%.0f', epoch))
+redis.call('SET', KEYS[1], string.format('%.0f', epoch), 'EX', ARGV[3])
 return {string.format('%.0f', epoch), redis.call('GET', KEYS[2])}
 """
 # Keys: epoch, head, recent, anchor, then all of the version's. Arguments: epoch, version, notice, prefix, GRACE_S,
-# ANCHOR_S, RECENT.
+# ANCHOR_S, RECENT, KEPT_S.
 _FLIP = """
 local epoch, version = tonumber(ARGV[1]), tonumber(ARGV[2])
 if epoch < tonumber(redis.call('GET', KEYS[1]) or '0') then return 'fenced' end
@@ -61,10 +63,10 @@ if head then
   if tonumber(e) == epoch and tonumber(v) >= version then return 'not above the head' end
 end
 for i = 5, #KEYS do if redis.call('EXISTS', KEYS[i]) == 0 then return 'incomplete' end end
-for i = 5, #KEYS do redis.call('PERSIST', KEYS[i]) end
+for i = 5, #KEYS do redis.call('EXPIRE', KEYS[i], ARGV[8]) end
 local new = ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. (#KEYS - 5)
-redis.call('SET', KEYS[1], ARGV[1])
-redis.call('SET', KEYS[2], new)
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[8])
+redis.call('SET', KEYS[2], new, 'EX', ARGV[8])
 redis.call('PUBLISH', ARGV[3], new)
 if not head then return 'flipped' end
 local function expire(old, seconds)
@@ -131,7 +133,7 @@ class RedisLink:
 
         StaleError where a higher one was claimed.
         """
-        claimed, head = self._claim([self._epoch, self._head], [epoch, int(at_least)])
+        claimed, head = self._claim([self._epoch, self._head], [epoch, int(at_least), KEPT_S])
         if claimed == b"fenced":
             raise self.fenced(epoch)
         return int(claimed), None if head is None else _parse(head)
@@ -183,7 +185,7 @@ class RedisLink:
     def _flipping(self, head: Head) -> tuple[list[str], list[int | str]]:
         """Keys and arguments of the script."""
         keys = [self._epoch, self._head, self._recent, self._anchor, *self._keys(head)]
-        return keys, [head.epoch, head.version, self._notice, self.prefix, GRACE_S, ANCHOR_S, RECENT]
+        return keys, [head.epoch, head.version, self._notice, self.prefix, GRACE_S, ANCHOR_S, RECENT, KEPT_S]
 
     def _flipped(self, head: Head, result: Any) -> None:
         if isinstance(result, redis.RedisError):

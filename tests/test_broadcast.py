@@ -317,7 +317,7 @@ def test_lent_arrays_are_sent_from_where_they_are(server, run):
         assert not np.shares_memory(publisher._last.memory, other["steps"])
 
 
-def test_superseded_versions_expire_and_the_newest_does_not(server, run):
+def test_superseded_versions_expire_in_a_minute_and_the_newest_in_a_day(server, run):
     client = redis.Redis.from_url(server.url)
     with closing(RedisPublisher(server.url, run)) as (publisher,):
         for version in range(3):
@@ -328,7 +328,7 @@ def test_superseded_versions_expire_and_the_newest_does_not(server, run):
             assert len(keys) == 2
             for key in keys:
                 ttl = client.ttl(key)
-                assert (0 < ttl <= redis_link.GRACE_S) if version < 2 else (ttl == -1)
+                assert (0 < ttl <= redis_link.GRACE_S) if version < 2 else (ttl > redis_link.KEPT_S - SOON_S)
         again = RedisPublisher(server.url, run)
         again.publish(snapshot(3))
         assert again.flush(SOON_S)
@@ -545,6 +545,22 @@ def test_groups_and_runs_do_not_mix(server, run):
         assert to_policy.wait(1, SOON_S).version == 1
         assert to_prior.wait(1, SOON_S).version == 2
         assert to_other.poll() is None
+
+
+def test_what_a_killed_run_leaves_expires_and_a_living_one_sends_its_weights_again(server, run, monkeypatch):
+    monkeypatch.setattr(redis_link, "KEPT_S", 2)
+    client = redis.Redis.from_url(server.url)
+    publisher, late = RedisPublisher(server.url, run), RedisSubscriber(server.url, run)
+    publisher.publish(snapshot(1))
+    assert publisher.flush(SOON_S)
+    eventually(
+        lambda: publisher.stats().get("broadcast/republished", 0) >= 1, "the living publisher sent nothing again"
+    )
+    assert late.wait(1, SOON_S).version == 1
+    publisher.close()  # as a process that ends without a word: nothing is retired
+    assert client.keys(f"gsa:{run}:*")
+    eventually(lambda: not client.keys(f"gsa:{run}:*"), "what a killed run leaves stays")
+    late.close()
 
 
 def test_a_run_that_is_over_leaves_no_lasting_key(server, run):

@@ -22,7 +22,7 @@ from gsa.schema import WeightSnapshot
 from tests.broadcasting import SOON_S, assert_whole, closing, eventually, snapshot
 
 DOCUMENTED = re.search(r"ACL SETUSER gsa on >PASSWORD (.*)", Path("docs/deploy.md").read_text())[1]
-LEARNER = "+get +set +expire +persist +exists +publish +eval +evalsha +script|load ~gsa:* &gsa:*"
+LEARNER = "+get +set +expire +exists +publish +eval +evalsha +script|load ~gsa:* &gsa:*"
 WORKER = "+get +subscribe %R~gsa:* &gsa:*"
 
 
