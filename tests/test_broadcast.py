@@ -553,9 +553,7 @@ def test_what_a_killed_run_leaves_expires_and_a_living_one_sends_its_weights_aga
     publisher, late = RedisPublisher(server.url, run), RedisSubscriber(server.url, run)
     publisher.publish(snapshot(1))
     assert publisher.flush(SOON_S)
-    eventually(
-        lambda: publisher.stats().get("broadcast/republished", 0) >= 1, "the living publisher sent nothing again"
-    )
+    eventually(lambda: publisher.stats().get("broadcast/republished", 0) >= 1, "sent nothing again")
     assert late.wait(1, SOON_S).version == 1
     publisher.close()  # as a process that ends without a word: nothing is retired
     assert client.keys(f"gsa:{run}:*")
