@@ -31,6 +31,7 @@ from tests.test_runs import BUDGET, check_counts, config, online
 
 IMPORTS = ("tests.gym_faulty",)
 RUN_MB = 3_000  # of a run of two workers
+PAUSE_S = 75.0  # longer than the minute after which a part is said not to answer
 
 
 def faulty(out: Path, task: str, **changes):
@@ -155,6 +156,32 @@ def test_a_run_outlives_services_that_hang(tmp_path):
     said = " ".join(log.read_text().split())
     assert said.count("It has not answered for 180 s. It is killed") >= 2, said
     assert "worker-" not in said, said
+    check_counts(out, 3 * BUDGET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("title", ["ReplayActor", "LearnerActor", "EvaluatorActor", "GSAEnvRunner", ""])
+def test_a_run_goes_on_where_processes_of_it_or_all_were_paused(title, tmp_path):
+    """For longer than their answers are waited for, and not so long that they are killed; all, driver and Ray too, as
+    when a machine sleeps."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    changes = {"workers": 2, "envs": 2, "budget_frames": 3 * BUDGET}
+    configs.save(config(out, task="gym/SlowCounting-v0", **changes), tmp_path / "config.yaml")
+    process = start(log, "--config", str(tmp_path / "config.yaml"))
+    try:
+        assert wait_for(process, lambda: collected(out) >= 5 * STEPS, 300), log.read_text()[-3000:]
+        paused = children(process.pid, title)
+        assert paused
+        for pid in paused:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(PAUSE_S)
+        for pid in reversed(paused):
+            os.kill(pid, signal.SIGCONT)
+        assert process.wait(400) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    print(log.read_text())
     check_counts(out, 3 * BUDGET)
 
 

@@ -238,7 +238,7 @@ def test_the_table_has_more_rows_than_columns():
     table = suite_progress.scores(now)
     assert [column.header for column in table.columns] == ["method", *suite.tasks]
     cells = {name: list(row) for name, *row in zip(*(column.cells for column in table.columns), strict=True)}
-    assert cells["gsa"] == ["15.0 4/4"] * 4
+    assert cells["gsa"] == ["10.0 3/3"] * 4
     assert cells["gsa larger-budget"] == ["10.0 3/3", "", "", ""]
     few = [each for each in now if each.trial.method in ("scratch", "gsa") and not each.trial.variant]
     assert [column.header for column in suite_progress.scores(few).columns] == ["task", "scratch", "gsa"]
