@@ -34,12 +34,12 @@ def verdict(found: Mapping[str, Any]) -> str:
     if not rows:
         return f"{found['trials']} trials are done; there is nothing to compare with {BASELINE} yet."
     best = max(rows, key=lambda name: rows[name]["mean"]["value"])
-    gain = rows[best]["gain_over_scratch"]
+    gain, said = rows[best]["gain_over_scratch"], f"Beside {BASELINE} {best} has the highest mean"
     if gain["value"] is None:
-        return f"{best} has the highest mean; {BASELINE} scored nothing, so there is no gain over it to state."
-    said = f"{best} has the highest mean: {_percent(gain)} over {BASELINE} on {rows[best]['tasks_with_scratch']} tasks."
+        return f"{said}; {BASELINE} scored nothing, so there is no gain over it to state."
+    said += f": {_percent(gain)} against {BASELINE} on {rows[best]['tasks_with_scratch']} tasks."
     if gain["low"] is None or gain["low"] <= 0 <= gain["high"]:
-        said += " So few runs do not settle that it is better."
+        said += " So few runs do not settle which is better."
     return said
 
 
