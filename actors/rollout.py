@@ -90,6 +90,11 @@ class Rollout:
     def free_slots(self) -> list[int]:
         return [slot for slot, episode in enumerate(self.episodes) if episode is None]
 
+    @property
+    def leased(self) -> list[int]:
+        """Numbers of the episodes under way."""
+        return [episode.lease.episode for episode in self.episodes if episode is not None]
+
     def begin(self, slot: int, lease: Lease) -> None:
         """Begins the leased episode in a free slot. It is stepped once the environment has answered the reset."""
         rng = np.random.default_rng((self.seed, lease.episode))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from actors.episode import Outcome
@@ -19,8 +19,9 @@ FAULTS_KEPT = 100  # sentences about faults that nobody has asked for yet
 class ReplayLink(Protocol):
     """The worker's end of the link to the replay service. No call waits for the learner."""
 
-    def lease(self, worker: str) -> Lease | NoLease:
-        """Permission to collect an episode; WAIT also while the answer is still on its way."""
+    def lease(self, worker: str, held: Collection[int]) -> Lease | NoLease:
+        """Permission to collect an episode; WAIT also while the answer is still on its way. `held`: episodes under way;
+        what else the worker was ever leased, and did not hear of, is given back."""
 
     def add(self, worker: str, episode: int, trajectory: Trajectory) -> object:
         """Hands over a finished episode."""
@@ -55,7 +56,7 @@ class EnvWorker:
         if self.rollout.version < 0 or self._awaited_prior is not None:
             return False  # the first weights are on their way
         for slot in self.rollout.free_slots:
-            lease = self.replay.lease(self.name)
+            lease = self.replay.lease(self.name, self.rollout.leased)
             if not isinstance(lease, Lease):
                 break  # nor is there one for the next slot
             self.rollout.begin(slot, lease)

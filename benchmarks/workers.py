@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class Endless:
     def __init__(self) -> None:
         self._episode = 0
 
-    def lease(self, worker: str) -> Any:
+    def lease(self, worker: str, held: Collection[int]) -> Any:
         from gsa.schema import Lease
 
         self._episode += 1

@@ -42,8 +42,8 @@ class ReplayActor:
         if self._state.exists():
             self._service.restore(json.loads(self._state.read_text()))
 
-    def lease(self, worker: str) -> Lease | NoLease:
-        return self._service.lease(worker)
+    def lease(self, worker: str, held: Collection[int]) -> Lease | NoLease:
+        return self._service.lease(worker, held)
 
     def add(self, worker: str, episode: int, trajectory: Trajectory) -> bool:
         return self._service.add(worker, episode, trajectory)

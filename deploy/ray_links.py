@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,9 +59,10 @@ class RayReplayLink:
         self.last_turn = time.monotonic()  # of a worker that waits here, and does not hang
         self.meter = Meter("link")
 
-    def lease(self, worker: str) -> Lease | NoLease:
+    def lease(self, worker: str, held: Collection[int]) -> Lease | NoLease:
         if self._lease is None or time.monotonic() - self._lease_since > DEADLINE_S:
-            self._lease, self._lease_since = self._replay.lease.remote(worker), time.monotonic()
+            open_ = [*held, *(delivery.episode for delivery in self._deliveries)]
+            self._lease, self._lease_since = self._replay.lease.remote(worker, open_), time.monotonic()
         self._settle()
         ready, _ = ray.wait([self._lease], timeout=ANSWER_S)
         if not ready:

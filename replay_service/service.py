@@ -88,11 +88,19 @@ class ReplayService:
 
     # ------------------------------------------------------------------ collecting
 
-    def lease(self, worker: str) -> Lease | NoLease:
+    def lease(self, worker: str, held: Collection[int] | None = None) -> Lease | NoLease:
         """Permission to collect one episode. WAIT: ask again, the learner is behind or others hold what is left of the
-        budget. DONE: the budget is collected."""
+        budget. DONE: the budget is collected.
+
+        `held`: all episodes that the worker has on lease and knows of. Others are given back: the answer that leased
+        them never came to it.
+        """
         with self._lock:
             self._expire()
+            if held is not None:
+                lost = [e for e, lease in self._leases.items() if lease.worker == worker and e not in held]
+                if lost:
+                    self._give_back(lost)
             if self.finished:
                 return NoLease.DONE
             leased = self._leased
@@ -152,9 +160,7 @@ class ReplayService:
         many. For episodes that failed and for workers that died."""
         with self._lock:
             gone = [e for e, lease in self._leases.items() if lease.is_of(worker) and episode in (None, e)]
-            for e in gone:
-                del self._leases[e]
-            self._meter.count("released_leases", len(gone))
+            self._give_back(gone)
             return len(gone)
 
     def drain_episodes(self, cursor: int = 0) -> tuple[list[dict[str, float]], int]:
@@ -335,6 +341,11 @@ class ReplayService:
     @property
     def _leased(self) -> int:
         return sum(lease.max_steps for lease in self._leases.values())
+
+    def _give_back(self, episodes: Collection[int]) -> None:
+        for episode in episodes:
+            del self._leases[episode]
+        self._meter.count("released_leases", len(episodes))
 
     def _expire(self) -> None:
         now = self._clock()

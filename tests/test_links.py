@@ -225,6 +225,30 @@ def test_a_service_that_was_paused_answers_all_who_asked_meanwhile(folder, ray_h
     ray.kill(actor)
 
 
+def test_a_lease_whose_answer_came_too_late_is_given_back(folder, ray_here, monkeypatch):
+    """The service is paused for longer than its answer is waited for: the worker asks anew, and what the late answer
+    took of the budget is collected all the same."""
+    monkeypatch.setattr(ray_links, "DEADLINE_S", 0.5)
+    actor = started(folder)
+    pid = ray.get(actor.pid.remote())
+    working, end, paused = worker(ray_links.RayReplayLink(actor, "w")), time.monotonic() + SOON_S, False
+    while (collected := ray.get(actor.report.remote(0, ["w"]))["collected"]) < CONFIG.budget:
+        assert time.monotonic() < end, f"{collected} of {CONFIG.budget} steps are collected"
+        if collected == STEPS and not paused:
+            os.kill(pid, signal.SIGSTOP)
+            until = time.monotonic() + 3
+            while time.monotonic() < until:
+                working.tick()
+            os.kill(pid, signal.SIGCONT)
+            paused = True
+        working.tick()
+        ray.get(actor.sample.remote())
+    assert paused
+    with TrajectoryStore.open(folder / "o") as store:
+        assert store.steps == CONFIG.budget
+    ray.kill(actor)
+
+
 def one_episode(spec):
     pixels = np.zeros((STEPS + 1, 64, 64, 3), np.uint8)
     action, ones = np.zeros((STEPS, spec.action_dim), np.float32), np.ones(STEPS, np.float32)

@@ -207,6 +207,18 @@ def test_release_gives_back_one_lease_or_all(online):
     assert service.add("b", leases[2].episode, counting(2, 10, SPEC))
 
 
+def test_what_a_worker_was_leased_and_never_heard_of_is_given_back(online):
+    service = make(online, replace(CONFIG, budget=30, min_size=30))
+    other, known, lost = service.lease("b"), service.lease("a", []), service.lease("a", [0, 1])
+    assert service.lease("a", [known.episode, lost.episode]) is NoLease.WAIT
+    again = service.lease("a", [known.episode])
+    assert (again.max_steps, again.episode > lost.episode) == (10, True)
+    assert not service.add("a", lost.episode, counting(0, 10, SPEC))
+    for i, (worker, lease) in enumerate([("a", known), ("a", again), ("b", other)]):
+        assert service.add(worker, lease.episode, counting(i, 10, SPEC))
+    assert service.lease("a", []) is NoLease.DONE
+
+
 def test_a_lease_lasts_while_its_worker_is_heard_of(online):
     clock = Clock()
     service = make(online, clock=clock)

@@ -43,7 +43,7 @@ class Replay:
     def __init__(self, leases):
         self.leases, self.added, self.released = deque(leases), [], []
 
-    def lease(self, worker):
+    def lease(self, worker, held):
         return self.leases.popleft() if self.leases else NoLease.DONE
 
     def add(self, worker, episode, trajectory):
