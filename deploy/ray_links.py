@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from gsa.metrics import Meter
 from gsa.schema import Batch, Lease, NoLease, Trajectory
@@ -130,7 +130,7 @@ class RayBatchLink:
             self._cut = Cutter(stores, about.layout, BUFFERS)
             self._ask, self._each = partial(replay.draw.remote, DRAWS), DRAWS
         self._depth, self._last = depth, False
-        self._pending: deque[tuple[Any, float]] = deque()
+        self._pending: deque[Any] = deque()
         self._drawn: deque[Any] = deque()  # answers that are next
         self._ahead = Prefetcher(self._next)
 
@@ -150,7 +150,7 @@ class RayBatchLink:
 
     def _next(self) -> Batch | None:
         while not self._last and self._each * len(self._pending) + len(self._drawn) < self._depth:
-            self._pending.append((self._ask(), time.monotonic()))
+            self._pending.append(self._ask())
         if not self._drawn and self._pending:
             self._receive()
         if not self._drawn:
@@ -159,16 +159,15 @@ class RayBatchLink:
         return drawn if self._cut is None else self._cut(drawn)
 
     def _receive(self) -> None:
-        """Takes the oldest answer if it is there."""
-        reference, since = self._pending[0]
-        ready, _ = ray.wait([reference], timeout=0.05)
-        if not ready and time.monotonic() - since < DEADLINE_S:
+        """Takes the oldest answer if it is there. It comes for certain: a service that hangs is killed, Ray says so."""
+        ready, _ = ray.wait([self._pending[0]], timeout=0.05)
+        if not ready:
             return
         try:
-            answer = ray.get(reference, timeout=DEADLINE_S if ready else 0.1)
+            answer = ray.get(ready[0], timeout=DEADLINE_S)
         except RayTaskError:
             raise
-        except (RayError, GetTimeoutError):  # the service is being restarted
+        except RayError:  # the service is being restarted
             self._pending.clear()
             return
         if answer is not None:
