@@ -6,8 +6,11 @@ import hashlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -36,8 +39,12 @@ class RunCheckpoints:
         self._every_frames, self._every_s = config.checkpoint_every_frames, config.checkpoint_every_s
         self._clock = clock
         self._saved_frames, self._saved_at = 0, clock()
-        self._thread: threading.Thread | None = None
         self._copy: Any = None  # of the state saved last: the next is copied into it, as fresh memory is slow
+        self._writer: threading.Thread | None = None
+        self._to_write: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._written = threading.Event()  # all that was saved
+        self._written.set()
+        weakref.finalize(self, self._to_write.put, None)
         self._meter = Meter("checkpoint")
 
     def due(self, frames: int) -> bool:
@@ -50,18 +57,18 @@ class RunCheckpoints:
         started = time.perf_counter()
         self.flush()
         self._copy = copied({**state, "inputs": self._inputs}, self._copy)
-        arguments = (frames, self._copy, score)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        if self._writer is None or not self._writer.is_alive():
+            self._writer = threading.Thread(target=_in_turn, args=(self._to_write,), name="checkpoint", daemon=True)
+            self._writer.start()
+        self._written.clear()
+        self._to_write.put(partial(self._write, frames, self._copy, score))
         self._saved_frames, self._saved_at = frames, self._clock()
         self._meter.gauge("pause_ms", 1e3 * (time.perf_counter() - started))
 
     def flush(self) -> None:
         """Waits until what was saved is on disk."""
-        if self._thread is not None:
-            self._thread.join(WRITE_S)
-            if self._thread.is_alive():
-                raise Unavailable(f"A checkpoint is not on disk after {WRITE_S:g} s: is the disk there?")
+        if not self._written.wait(WRITE_S):
+            raise Unavailable(f"A checkpoint is not on disk after {WRITE_S:g} s: is the disk there?")
 
     def load(self) -> Restored | None:
         """The newest whole checkpoint. FormatError where the run's folder is no longer what it was saved with."""
@@ -80,12 +87,21 @@ class RunCheckpoints:
         started = time.perf_counter()
         try:
             self._checkpoints.save(frames, state, score)
+            self._meter.count("written")
+            self._meter.gauge("write_s", time.perf_counter() - started)
         except Unavailable as error:
             _log.warning("%s It is tried again when the next is due.", error)
             self._meter.count("errors")
-            return
-        self._meter.count("written")
-        self._meter.gauge("write_s", time.perf_counter() - started)
+        finally:
+            self._written.set()
+
+
+def _in_turn(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Makes the calls that come, until None does. All in one thread: freed memory is kept apart for each thread, and
+    a new thread for each checkpoint takes that of several in the end."""
+    while (call := calls.get()) is not None:
+        call()
+        del call  # and with it what is written
 
 
 def inputs_digest(run: Path) -> str:

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from deploy.checkpointing import copied
+from deploy.checkpointing import RunCheckpoints, copied
+from deploy.config import FinetuneConfig
 from gsa.errors import FormatError, Unavailable, UsageError
 from learner.checkpoint import FORMAT, MANIFEST, TENSORS, TREE, Checkpoints, read
 
@@ -221,6 +223,26 @@ def test_a_full_disk_keeps_the_previous_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoints.load().step == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_writes_its_checkpoints_in_one_thread_that_ends_with_it(tmp_path, monkeypatch):
+    threads = []
+
+    def save(self, *_):
+        threads.append(threading.current_thread())
+        if len(threads) == 2:
+            raise Unavailable("The disk is full.")
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run = RunCheckpoints(tmp_path, FinetuneConfig("dmc/walker-walk", method="scratch"))
+    for frames in (1, 2, 3):
+        run.save(frames, {"weight": torch.ones(3)})
+    run.flush()
+    assert (run.stats()["checkpoint/written"], run.stats()["checkpoint/errors"]) == (2, 1)
+    assert len(set(threads)) == 1
+    del run
+    threads[0].join(10)
+    assert not threads[0].is_alive()
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
