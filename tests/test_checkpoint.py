@@ -225,22 +225,16 @@ def test_a_full_disk_keeps_the_previous_one(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_run_writes_its_checkpoints_in_one_thread_that_ends_with_it(tmp_path, monkeypatch, caplog):
+def test_a_run_writes_its_checkpoints_in_one_thread_that_ends_with_it(tmp_path, monkeypatch):
     threads = []
 
-    def save(self, *_):
-        threads.append(threading.current_thread())
-        if len(threads) == 2:
-            raise Unavailable("The disk is full.")
-
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: threads.append(threading.current_thread()))
     run = RunCheckpoints(tmp_path, FinetuneConfig("dmc/walker-walk", method="scratch"))
     for frames in (1, 2, 3):
         run.save(frames, {"weight": torch.ones(3)})
     run.flush()
-    assert (run.stats()["checkpoint/written"], run.stats()["checkpoint/errors"]) == (2, 1)
+    assert run.stats()["checkpoint/written"] == 3
     assert len(set(threads)) == 1
-    caplog.clear()  # it holds the error, and so the run
     del run
     threads[0].join(10)
     assert not threads[0].is_alive()
