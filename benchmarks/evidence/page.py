@@ -229,8 +229,7 @@ def _draw_curves(path: Path, curves: Mapping[str, Mapping[str, Any]]) -> None:
                 axes.plot(curve["frames"], curve[measure], "o-", ms=3, lw=1.6, color=COLOURS.get(method), label=method)
             axes.set_title(task if row == 0 else "", fontsize=9)
             axes.set_ylabel(f"normalised {measure}" if axes is axes_row[0] else "", fontsize=8)
-    grid[0][0].legend(fontsize=7.5, frameon=False)
-    figure.savefig(path)
+    _save(path, figure, grid[0][0])
 
 
 def _draw_shift(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -247,7 +246,13 @@ def _draw_shift(path: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         axes.set_xticks(range(len(places)), [place.replace("online ", "") for place in places])
         axes.set_title(task, fontsize=9)
     grid[0][0].set_ylabel("W1 from what was met", fontsize=8)
-    grid[0][0].legend(fontsize=7.5, frameon=False)
+    _save(path, figure, grid[0][0])
+
+
+def _save(path: Path, figure: Any, axes: Axes) -> None:
+    """With the legend of these axes above all of them."""
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=len(names[1]), fontsize=7.5, frameon=False)
     figure.savefig(path)
 
 
