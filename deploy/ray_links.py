@@ -1,7 +1,8 @@
 """The links between processes over Ray: what a worker and the learner hold of the replay service, and the driver of the
 learner.
 
-No call waits without a deadline; an answer that does not come is asked for again.
+No call waits without a deadline. What a worker has no answer to it asks again. The learner looks again and again for
+what it asked for: batches whose answer was given up would be drawn and never learned from.
 """
 
 from __future__ import annotations

@@ -213,6 +213,11 @@ class Trial:
     config: FinetuneConfig
 
     @property
+    def label(self) -> str:
+        """Method and variant, as tables name them."""
+        return f"{self.method} {self.variant}".strip()
+
+    @property
     def rehearsal(self) -> str:
         """A name for its rehearsal set, which trials with the same settings share."""
         kind = "random" if self.config.method == "random-rehearsal" else "nearest"

@@ -103,8 +103,8 @@ def forecast(
     table = Table(title="Forecast", title_justify="left")
     for column in ("method", "trials", "each", "all"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for label in dict.fromkeys(f"{t.method} {t.variant}".strip() for t in left):
-        those = [each[t.name] for t in left if f"{t.method} {t.variant}".strip() == label]
+    for label in dict.fromkeys(t.label for t in left):
+        those = [each[t.name] for t in left if t.label == label]
         table.add_row(label, str(len(those)), in_words(float(np.mean(those))), in_words(sum(those)))
     console.print(table)
     console.print(

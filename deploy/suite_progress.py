@@ -108,7 +108,7 @@ def summary(now: Sequence[Standing]) -> str:
 def scores(now: Sequence[Standing]) -> Table:
     """Task × method, whichever are more as rows: the mean score of the trials that are done, and how many are."""
     tasks = dict.fromkeys(each.trial.task for each in now)
-    methods = dict.fromkeys(_method(each.trial) for each in now)
+    methods = dict.fromkeys(each.trial.label for each in now)
     down, across = (methods, tasks) if len(methods) > len(tasks) else (tasks, methods)
     table = Table(title="score, and trials done", title_justify="left")
     table.add_column("method" if down is methods else "task", overflow="fold")
@@ -116,12 +116,8 @@ def scores(now: Sequence[Standing]) -> Table:
         table.add_column(column, justify="right", overflow="fold")
     for row in down:
         pairs = [{row, column} for column in across]
-        table.add_row(row, *(_cell([e for e in now if {e.trial.task, _method(e.trial)} == pair]) for pair in pairs))
+        table.add_row(row, *(_cell([e for e in now if {e.trial.task, e.trial.label} == pair]) for pair in pairs))
     return table
-
-
-def _method(trial: Trial) -> str:
-    return f"{trial.method} {trial.variant}".strip()
 
 
 class TimeLeft:

@@ -40,10 +40,10 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op in PRODUCTS:
-            alike = [torch.empty_strided(a.shape, a.stride()).normal_() if isinstance(a, Tensor) else a for a in args]
             key = repr([op, *((a.shape, a.stride()) if isinstance(a, Tensor) else a for a in args)])
             self.counts[key] += 1
-            self.calls.setdefault(key, (op, alike))
+            if key not in self.calls:
+                self.calls[key] = op, [_alike(a) if isinstance(a, Tensor) else a for a in args]
         return op(*args, **(kwargs or {}))
 
     def seconds(self, rounds: int) -> float:
@@ -58,6 +58,11 @@ class Products(TorchDispatchMode):
                 best = min(best, time.perf_counter() - started)
             total += best * self.counts[key]
         return total
+
+
+def _alike(x: Tensor) -> Tensor:
+    """Of the same layout."""
+    return torch.empty_strided(x.shape, x.stride()).normal_()
 
 
 def products_alone(case: Case, rounds: int) -> float:
