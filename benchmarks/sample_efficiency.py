@@ -2,8 +2,9 @@
 
 `suites/evidence.yaml` names everything: pool, pre-training, tasks, methods, seeds, budget, variants. This runs what is
 left of it (`gsa suite run`, for `--hours` at most), measures beside each finished gsa run how far what it rehearsed is
-from what it met and from an expert (Wasserstein distances of latent states, in each quarter of the run), and computes
-the results: mean and interquartile mean of normalised scores with stratified bootstrap intervals over seeds, relative
+from what it met and from an expert (Wasserstein distances of latent states, in each quarter of the run), and beside
+every run how well its world model fits what it met last, its body's part of the pool and an expert, and computes the
+results: mean and interquartile mean of normalised scores with stratified bootstrap intervals over seeds, relative
 gain over scratch, probability of improvement, frames to scratch's final result. Only tasks and seeds are compared for
 which every method is done. Nothing here is a race: there are no rivals but the methods.
 
@@ -48,6 +49,7 @@ WORLD_MODEL = ("world_model.json", "world_model.safetensors", "config.yaml", "me
 EXPERT = {"metaworld": ("scripted-0", 10), "dmc": ("planner-1", 5)}
 SEQUENCES, LENGTH, STATES, REPEATS = 64, 32, 300, 10  # of the Wasserstein distances, see `gsa shift`
 QUARTERS = 4
+LOT = 8  # sequences that a model is run on at a time
 
 
 def main() -> int:
@@ -140,17 +142,22 @@ def pilot(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def observe(folder: Path, trial: Trial) -> None:
-    """Precision and shift of a finished trial whose run is still there, into FOLDER/observed."""
+    """Precision, shift and model error of a finished trial whose run is still there, into FOLDER/observed."""
     run, out = folder / "trials" / trial.name, folder / "observed" / f"{trial.name}.json"
     done = (folder / "results" / out.name).exists()
-    if out.exists() or not done or trial.variant or not (run / "rehearsal.json").exists():
+    if out.exists() or not done or trial.variant:
         return
-    rehearsal = json.loads((run / "rehearsal.json").read_text())
-    found = {"retrieval": {key: rehearsal[key] for key in ("kind", "k", "precision", "task_share")}}
+    found: dict[str, Any] = {}
+    if (run / "rehearsal.json").exists():
+        rehearsal = _read(run / "rehearsal.json")
+        found["retrieval"] = {key: rehearsal[key] for key in ("kind", "k", "precision", "task_share")}
     if trial.method == "gsa" and (run / "online").exists():
         found["shift"] = shift(folder, trial)
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(found) + "\n")
+    if (run / "agent").exists() and (run / "online").exists():
+        found["model_error"] = model_error(folder, trial)
+    if found:
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(found) + "\n")
 
 
 def shift(folder: Path, trial: Trial) -> list[dict[str, Any]]:
@@ -195,6 +202,54 @@ def shift(folder: Path, trial: Trial) -> list[dict[str, Any]]:
                         "of_the_pools": row.exact_ratio.mean,
                     })  # fmt: skip
     return found
+
+
+def model_error(folder: Path, trial: Trial) -> list[dict[str, Any]]:
+    """What the run's world model leaves at its end, and the pre-trained one, of what the run met in its last quarter,
+    of the pool's trajectories of its body, and of an expert's: squared error of the images and KL of posterior from
+    prior (nats), means over sequences drawn as training draws them. The same sequences of pool and expert for all."""
+    from deploy.stages import load_world_model
+    from gsa.agent.world_model import WorldModel
+    from retrieval.store import TrajectoryStore
+
+    config = trial.config
+    assert config.store is not None and config.world_model is not None and config.out is not None
+    models = {"pre-trained": load_world_model(config.world_model), "final": WorldModel.load(config.out / "agent")}
+    with ExitStack() as stack:
+        pool, online, expert = (
+            stack.enter_context(TrajectoryStore.open(path))
+            for path in (config.store, config.out / "online", experts(folder))
+        )
+        met = online.rows()
+        body = online.spec(int(met[0])).embodiment
+        places = {
+            "met last": (online, np.array_split(met, QUARTERS)[-1]),
+            "pool": (pool, pool.rows(body)),
+            "expert": (expert, _of_task(expert, trial.task)),
+        }
+        return [
+            {"model": name, "on": place, **_error(model, *where)}
+            for name, model in models.items()
+            for place, where in places.items()
+        ]
+
+
+def _error(model: WorldModel, store: TrajectoryStore, rows: np.ndarray) -> dict[str, float]:
+    import torch
+
+    from gsa.agent.world_model import TensorBatch
+    from replay_service.batches import SequenceSampler, cut
+
+    sampler, generator = SequenceSampler("data", LENGTH), torch.Generator(model.device).manual_seed(0)
+    sampler.extend(rows, store.catalog.length[rows])
+    refs, sums = sampler.draw(SEQUENCES, np.random.default_rng(0)), np.zeros(2)
+    for start in range(0, SEQUENCES, LOT):
+        lot = refs[start : start + LOT]
+        batch = TensorBatch.from_batch(cut({"data": store}, lot, LENGTH, model.config.max_action_dim), model.device)
+        with torch.inference_mode():
+            _, _, metrics = model.loss(batch, generator)
+        sums += len(lot) * np.array([float(metrics["recon"]), float(metrics["kl"])])
+    return dict(zip(("recon", "kl"), (sums / SEQUENCES).tolist(), strict=True))
 
 
 def experts(folder: Path) -> Path:

@@ -92,6 +92,24 @@ def test_distances_are_averaged_over_the_runs_of_a_task() -> None:
     assert found == [{"from": "expert", "to": "pool", "runs": 2, "distance": [2.0, 2.0, 2.0], "of_the_pools": 1.0}]
 
 
+def test_model_errors_are_averaged_over_the_runs_of_a_method() -> None:
+    def rows(recon: float) -> list[dict[str, Any]]:
+        models = (("pre-trained", 90.0), ("final", recon))
+        return [{"model": m, "on": on, "recon": r, "kl": 2.0} for m, r in models for on in page.PLACES]
+
+    trials = [
+        trial(TASKS[0], m, s, 1, model_error=rows(r)) for m, s, r in (("gsa", 0, 10), ("gsa", 1, 20), ("naive", 0, 7))
+    ]
+    found = analysis.analyse(trials, SUITE_CONFIG)
+    of = found["model_error"][TASKS[0]]
+    assert (of["gsa"]["runs"], of["naive"]["runs"], of["pre-trained"]["runs"]) == (2, 1, 3)
+    assert (of["gsa"]["expert"], of["naive"]["pool"], of["pre-trained"]["met last"]) == ([15, 2], [7, 2], [90, 2])
+    text, _ = page.page(
+        {"result": found | {"planned": 1}, "commit": "0" * 8, "machine": {"processor": ""}, "goals": {}}, {}, {}
+    )
+    assert f"| {TASKS[0]} gsa | 2 | 15.0 + 2.0 | 15.0 + 2.0 | 15.0 + 2.0 |" in text
+
+
 def test_goals_hold_only_for_what_is_there() -> None:
     scores = {"scratch": 20, "naive": 22, "rehearsal": 30, "random-rehearsal": 25, "gsa": 45}
     goals = analysis.goals(analysis.analyse(grid(scores), SUITE_CONFIG), 60)

@@ -1,7 +1,8 @@
 """What trials of a suite say about the method: pure, results in, numbers out. Whatever is not there yet is left out.
 
 A trial is a result of `gsa suite run`, as plain data, with what `benchmarks.sample_efficiency` adds: "retrieval", the
-precision of what it rehearsed, and "shift", how far that is from what it met. Scores are normalised by the suite's
+precision of what it rehearsed, "shift", how far that is from what it met, and "model_error", how well its world model
+fits what it met, its body's part of the pool and an expert. Scores are normalised by the suite's
 scales; 1 is the expert on Meta-World, and the highest return there can be on DMControl.
 """
 
@@ -39,6 +40,7 @@ def analyse(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
         "guided_share": guided_share(trials),
         "retrieval": _first(trials, "retrieval", ("rehearsal", "gsa", "random-rehearsal")),
         "shift": {task: shift(_of(trials, task=task, variant="")) for task in _in(trials, "task")},
+        "model_error": {task: model_error(_of(trials, task=task, variant="")) for task in _in(trials, "task")},
         "others": others(trials, suite),
         "sensitivity": sensitivity(trials, suite),
         "larger_budget": larger_budget(trials, suite),
@@ -135,6 +137,22 @@ def shift(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         }
         for (place, to), rows in found.items()
     ]  # fmt: skip
+
+
+def model_error(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    """Method, or "pre-trained", → its runs and on each of the three [squared error, KL in nats], means over the runs.
+
+    The pre-trained model's on what was met is that on what these runs met, whose methods differ.
+    """
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for t in trials:
+        for row in t.get("model_error", ()):
+            name = t["method"] if row["model"] == "final" else row["model"]
+            found.setdefault(name, {}).setdefault(row["on"], []).append([row["recon"], row["kl"]])
+    return {
+        name: {"runs": max(map(len, of.values())), **{on: np.mean(rows, 0).tolist() for on, rows in of.items()}}
+        for name, of in found.items()
+    }
 
 
 def others(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ COLOURS = {
     "jsrl": "#8250df", "retrieved": "#bc4c00", "random": "#bf8700", "pool": "#57606a",
 }  # fmt: skip
 SETS = ("retrieved", "random", "pool")
+PLACES = ("met last", "pool", "expert")
 MEASURES = {"score": "success on Meta-World, return on DMControl", "return": "return on both"}
 
 
@@ -55,7 +56,7 @@ def page(report: Mapping[str, Any], pool: Mapping[str, Any], pilots: Mapping[str
     if shifts := {task: rows for task, rows in found.get("shift", {}).items() if rows}:
         pictures[SHIFT] = lambda path: _draw_shift(path, shifts)
         parts += [_shift(shifts), f"![Wasserstein distances over the run.]({SHIFT})"]
-    parts += [_others(found), _sensitivity(found)]
+    parts += [_model_error(found), _others(found), _sensitivity(found)]
     if found.get("larger_budget"):
         pictures[LARGER] = lambda path: _draw_curves(
             path, {found["larger_budget"]["task"]: found["larger_budget"]["curves"]}
@@ -157,6 +158,22 @@ def _shift(found: Mapping[str, Any]) -> str:
     )
     note += "quarter of the run and from an expert; means over runs."
     return f"### How far the rehearsed data is\n\n{note}\n\n" + table(("task", "from", "runs", *SETS), rows)
+
+
+def _model_error(found: Mapping[str, Any]) -> str:
+    rows = []
+    for task, methods in found.get("model_error", {}).items():
+        for method in [m for m in ("pre-trained", *COLOURS) if m in methods]:
+            of = methods[method]
+            cells = (f"{of[place][0]:.1f} + {of[place][1]:.1f}" for place in PLACES)
+            rows.append((f"{task} {method}", of["runs"], *cells))
+    note = (
+        "Squared error of the images + KL of posterior from prior (nats), a step, of the pre-trained world model and "
+    )
+    note += "of each method's at its end: on what the run met in its last quarter, on its body's part of the pool, and "
+    note += "on an expert that is in neither; means over runs."
+    head = ("task and method", "runs", *PLACES)
+    return f"### How well the world models fit\n\n{note}\n\n{table(head, rows)}" if rows else ""
 
 
 def _others(found: Mapping[str, Any]) -> str:
