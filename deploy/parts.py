@@ -64,9 +64,7 @@ def host(config: FinetuneConfig) -> Host:
 class Architecture:
     """What a process must know to build the run's networks; their weights come by broadcast or from files."""
 
-    run: (
-        str  # the run's name on Redis and in the ids of its trajectories: no other run's, whatever its folder is called
-    )
+    run: str  # its name on Redis and in the ids of its trajectories: no other run's, whatever its folder is called
     model: WorldModelConfig
     behaviour: BehaviourConfig
     prior: PriorConfig | None  # None: the method has no prior actor

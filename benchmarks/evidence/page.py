@@ -116,10 +116,8 @@ def _tasks(found: Mapping[str, Any]) -> str:
 
 
 def _sooner(found: Mapping[str, Any]) -> str:
-    rows, methods = (
-        [],
-        [m for m in COLOURS if any(m in row.get("frames", {}) for row in found["frames_to_scratch"].values())],
-    )
+    rows, reached_by = [], [row.get("frames", {}) for row in found["frames_to_scratch"].values()]
+    methods = [m for m in COLOURS if any(m in frames for frames in reached_by)]
     for task, row in found["frames_to_scratch"].items():
         if row:
             reached = (row["frames"].get(m) for m in methods)
@@ -141,8 +139,8 @@ def _retrieval(found: Mapping[str, Any]) -> str:
             rows.append((name, at["k"], _share(at["task"]), _share(row["task_share"]), _share(at["embodiment"])))
     note = (
         "Of the k trajectories rehearsed, the share that was collected in the task; beside what chance would give, and "
+        "the share of the task's body among the k nearest without the filter by body."
     )
-    note += "the share of the task's body among the k nearest without the filter by body."
     head = ("task and method", "k", "of the task", "chance", "body, no filter")
     return f"### What was retrieved\n\n{note}\n\n{table(head, rows)}" if rows else ""
 
@@ -155,8 +153,8 @@ def _shift(found: Mapping[str, Any]) -> str:
             rows.append((task, place, at["pool"]["runs"], *(f"{at[to]['distance'][0]:.2f}" for to in SETS)))
     note = (
         "Wasserstein distance (W1) between posterior states of the pre-trained world model, from what gsa met in each "
+        "quarter of the run and from an expert; means over runs."
     )
-    note += "quarter of the run and from an expert; means over runs."
     return f"### How far the rehearsed data is\n\n{note}\n\n" + table(("task", "from", "runs", *SETS), rows)
 
 
@@ -169,9 +167,9 @@ def _model_error(found: Mapping[str, Any]) -> str:
             rows.append((f"{task} {method}", of["runs"], *cells))
     note = (
         "Squared error of the images + KL of posterior from prior (nats), a step, of the pre-trained world model and "
+        "of each method's at its end: on what the run met in its last quarter, on its body's part of the pool, and "
+        "on an expert that is in neither; means over runs."
     )
-    note += "of each method's at its end: on what the run met in its last quarter, on its body's part of the pool, and "
-    note += "on an expert that is in neither; means over runs."
     head = ("task and method", "runs", *PLACES)
     return f"### How well the world models fit\n\n{note}\n\n{table(head, rows)}" if rows else ""
 
@@ -186,17 +184,8 @@ def _others(found: Mapping[str, Any]) -> str:
 
 
 def _sensitivity(found: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            v,
-            row["task"],
-            _mean(row["score"]),
-            _mean(row["default_score"]),
-            _mean(row["return"]),
-            _mean(row["default_return"]),
-        )
-        for v, row in found.get("sensitivity", {}).items()
-    ]
+    measures = ("score", "default_score", "return", "default_return")
+    rows = [(v, row["task"], *(_mean(row[m]) for m in measures)) for v, row in found.get("sensitivity", {}).items()]
     head = ("variant", "task", "score", "default's", "return", "default's")
     return "### Sensitivity\n\n" + table(head, rows) if rows else ""
 
