@@ -2,8 +2,8 @@
 
 A trial is a result of `gsa suite run`, as plain data, with what `benchmarks.sample_efficiency` adds: "retrieval", the
 precision of what it rehearsed, "shift", how far that is from what it met, and "model_error", how well its world model
-fits what it met, its body's part of the pool and an expert. Scores are normalised by the suite's
-scales; 1 is the expert on Meta-World, and the highest return there can be on DMControl.
+fits what it met, its body's part of the pool and an expert. Scores are normalised by the suite's scales; 1 is the
+expert on Meta-World, and the highest return there can be on DMControl.
 """
 
 from __future__ import annotations
