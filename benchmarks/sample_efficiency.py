@@ -49,7 +49,6 @@ WORLD_MODEL = ("world_model.json", "world_model.safetensors", "config.yaml", "me
 EXPERT = {"metaworld": ("scripted-0", 10), "dmc": ("planner-1", 5)}
 SEQUENCES, LENGTH, STATES, REPEATS = 64, 32, 300, 10  # of the Wasserstein distances, see `gsa shift`
 QUARTERS = 4
-LOT = 8  # sequences that a model is run on at a time
 
 
 def main() -> int:
@@ -237,15 +236,11 @@ def model_error(folder: Path, trial: Trial) -> list[dict[str, Any]]:
 def _error(model: WorldModel, store: TrajectoryStore, rows: np.ndarray) -> dict[str, float]:
     import torch
 
-    from gsa.agent.world_model import TensorBatch
-    from replay_service.batches import SequenceSampler, cut
+    from deploy.shift import draw, lots
 
-    sampler, generator = SequenceSampler("data", LENGTH), torch.Generator(model.device).manual_seed(0)
-    sampler.extend(rows, store.catalog.length[rows])
-    refs, sums = sampler.draw(SEQUENCES, np.random.default_rng(0)), np.zeros(2)
-    for start in range(0, SEQUENCES, LOT):
-        lot = refs[start : start + LOT]
-        batch = TensorBatch.from_batch(cut({"data": store}, lot, LENGTH, model.config.max_action_dim), model.device)
+    generator, sums = torch.Generator(model.device).manual_seed(0), np.zeros(2)
+    refs = draw(store, rows, SEQUENCES, LENGTH, np.random.default_rng(0))
+    for lot, batch in lots(model, store, refs, LENGTH):
         with torch.inference_mode():
             _, _, metrics = model.loss(batch, generator)
         sums += len(lot) * np.array([float(metrics["recon"]), float(metrics["kl"])])

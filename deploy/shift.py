@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from deploy.config import config_of
 from deploy.progress import bar, console
 from deploy.stages import load_world_model
 from gsa.errors import SpecMismatch, UsageError
+from gsa.schema import SequenceRef
 from replay_service.batches import SequenceSampler, cut
 from reports import shift as distances
 from reports.shift import Sample
@@ -26,7 +27,7 @@ from retrieval.store import TrajectoryStore
 
 if TYPE_CHECKING:
     from deploy.data_commands import Shift
-    from gsa.agent.world_model import WorldModel
+    from gsa.agent.world_model import TensorBatch, WorldModel
 
 ENCODED_SEQUENCES = 8  # at a time
 STATES_A_SEQUENCE = 16
@@ -170,18 +171,12 @@ def latents(
     import torch
 
     from gsa.agent.latents import log_probs
-    from gsa.agent.world_model import TensorBatch
 
-    rng, kept = np.random.default_rng(seed), []
-    sampler = SequenceSampler("data", length)
-    sampler.extend(rows, store.catalog.length[rows])
-    refs = sorted(sampler.draw(sequences, rng))
+    rng, kept, done = np.random.default_rng(seed), [], 0
+    refs = sorted(draw(store, rows, sequences, length, rng))
     generator = torch.Generator(model.device).manual_seed(int(rng.integers(1 << 62)))
-    for start in range(0, sequences, ENCODED_SEQUENCES):
-        lot = refs[start : start + ENCODED_SEQUENCES]
-        batch = cut({"data": store}, lot, length, model.config.max_action_dim)
+    for lot, seen in lots(model, store, refs, length):
         with torch.inference_mode():
-            seen = TensorBatch.from_batch(batch, model.device)
             features = model.encode(seen.observation).float()
             states = model.observe(features, seen.previous_action, seen.is_first, generator)
             belief = log_probs(states.logits, model.config.unimix).exp().flatten(-2)
@@ -189,11 +184,32 @@ def latents(
         for b, ref in enumerate(lot):
             keep = np.sort(rng.permutation(len(ref))[:STATES_A_SEQUENCE])
             kept.append((features[b, keep].cpu().numpy(), joined[b, keep].cpu().numpy(), ref.trajectory))
-        tell(start + len(lot))
+        tell(done := done + len(lot))
     trajectory = np.repeat([row for _, _, row in kept], [len(states) for states, _, _ in kept])
     return Sample(np.concatenate([k[0] for k in kept]), trajectory), Sample(
         np.concatenate([k[1] for k in kept]), trajectory
     )
+
+
+def draw(
+    store: TrajectoryStore, rows: np.ndarray, sequences: int, length: int, rng: np.random.Generator
+) -> list[SequenceRef]:
+    """Sequences of these trajectories as training draws them: uniform over start positions."""
+    sampler = SequenceSampler("data", length)
+    sampler.extend(rows, store.catalog.length[rows])
+    return sampler.draw(sequences, rng)
+
+
+def lots(
+    model: WorldModel, store: TrajectoryStore, refs: Sequence[SequenceRef], length: int
+) -> Iterator[tuple[Sequence[SequenceRef], TensorBatch]]:
+    """What `draw` gave, cut for the model, a few at a time."""
+    from gsa.agent.world_model import TensorBatch
+
+    for start in range(0, len(refs), ENCODED_SEQUENCES):
+        lot = refs[start : start + ENCODED_SEQUENCES]
+        batch = cut({"data": store}, lot, length, model.config.max_action_dim)
+        yield lot, TensorBatch.from_batch(batch, model.device)
 
 
 def _write(
