@@ -11,6 +11,8 @@ which every method is done. Nothing here is a race: there are no rivals but the 
 `suites/pilots.yaml` (scratch alone) is what tasks and budget are chosen by; what was run of it is kept in pilots.json.
 Finished trials are kept in benchmarks/results/evidence/, a file each, with the pre-trained world model: on another
 machine, or in an empty folder, the suite goes on from them. Until all are there the result is partial, and says so.
+Trials that `gsa suite run suites/evidence.yaml --out runs/again --only …` ran a second time are kept beside them, and
+their mean is held against the interval of the first ones.
 
     python -m benchmarks.sample_efficiency [--quick] [--save] [--hours H]
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 SUITE, FOLDER = ROOT / "suites" / "evidence.yaml", ROOT / "runs" / "evidence"
+AGAIN = ROOT / "runs" / "again"  # trials that were run a second time, to compare
 KEPT, POOL = harness.RESULTS / "evidence", harness.RESULTS / "pool.json"
 PILOTS, PILOTS_FOLDER = harness.RESULTS / "pilots.json", ROOT / "runs" / "pilots"
 WORLD_MODEL = ("world_model.json", "world_model.safetensors", "config.yaml", "metrics.jsonl")
@@ -63,11 +66,12 @@ def main() -> int:
             suites.run(suite, FOLDER, (), options.hours, None, False)
         for trial in planned:
             observe(FOLDER, trial)
-    trials = gather(KEPT, FOLDER, planned)
+    trials, repeated = gather(KEPT, FOLDER, planned), gather(KEPT / "again", AGAIN, suite.trials(AGAIN))
     if options.save:
         keep(KEPT, FOLDER, trials)
+        keep_trials(KEPT / "again", repeated)
         keep_pilots(PILOTS, PILOTS_FOLDER)
-    found = analysis.analyse(trials, suite)
+    found = analysis.analyse(trials, suite, repeated)
     found["planned"] = len(planned)
     code = harness.finish("sample_efficiency", found, analysis.goals(found, len(planned)), options)
     if options.save:
@@ -103,9 +107,7 @@ def gather(kept: Path, folder: Path, planned: Sequence[Trial]) -> list[dict[str,
 
 def keep(kept: Path, folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
     """Writes the trials, the pool's report and the world model where they are committed."""
-    (kept / "results").mkdir(parents=True, exist_ok=True)
-    for trial in trials:
-        (kept / "results" / f"{trial['name']}.json").write_text(json.dumps(trial) + "\n")
+    keep_trials(kept, trials)
     for name in WORLD_MODEL:
         if (source := folder / "world_model" / name).exists():
             _copy(source, kept / "world_model" / name)
@@ -115,6 +117,13 @@ def keep(kept: Path, folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
         POOL.write_text(
             json.dumps({"record": "pool", **surroundings(), **before, **report, "experts": experts}, indent=1) + "\n"
         )
+
+
+def keep_trials(kept: Path, trials: Sequence[Mapping[str, Any]]) -> None:
+    for trial in trials:
+        path = kept / "results" / f"{trial['name']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(trial) + "\n")
 
 
 def keep_pilots(kept: Path, folder: Path) -> None:

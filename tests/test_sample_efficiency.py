@@ -28,6 +28,7 @@ def trial(task: str, method: str, seed: int, score: float, variant: str = "", **
     return {
         "name": f"{task.replace('/', '-')}--{method}--seed{seed}", "task": task, "method": method, "variant": variant,
         "seed": seed, "score": score, "return": high * score / 100, "frames": frames, "curve": curve, "seconds": 36.0,
+        "machine": {"processor": "x"},
         "episodes": [{"frames": f, "guided_share": 1 - f / frames} for f in range(100, 1001, 100)], **more,
     }  # fmt: skip
 
@@ -110,9 +111,50 @@ def test_model_errors_are_averaged_over_the_runs_of_a_method() -> None:
     assert f"| {TASKS[0]} gsa | 2 | 15.0 + 2.0 | 15.0 + 2.0 | 15.0 + 2.0 |" in text
 
 
+def test_scratch_catches_up_where_its_longer_curve_is_at_what_gsa_ended_with() -> None:
+    trials = grid({"scratch": 20, "gsa": 39})
+    for method, score in (("scratch", 80), ("gsa", 90)):
+        for seed in (1, 0):
+            trials.append(trial(TASKS[0], method, seed, score + seed, variant=analysis.LARGER))
+    found = analysis.analyse(trials, SUITE_CONFIG)["larger_budget"]
+    assert found["final"]["score"]["scratch"][TASKS[0]] == pytest.approx([0.8, 0.81])
+    assert found["catches_up"]["return"] == pytest.approx(0.395)  # gsa's mean of seeds 0 and 1: 39 and 40
+    assert found["catches_up"]["frames"] == pytest.approx(1000 * 0.395 / 0.805)
+    lower = [t for t in trials if t["method"] == "gsa" or not t["variant"]]
+    lower += [trial(TASKS[0], "scratch", seed, 9, variant=analysis.LARGER) for seed in (0, 1)]
+    assert analysis.larger_budget(lower, SUITE_CONFIG)["catches_up"]["frames"] is None
+
+
+def test_a_variant_stands_beside_the_suites_settings_with_its_seeds() -> None:
+    trials = [*grid({"scratch": 20, "gsa": 40}), *(trial(TASKS[0], "gsa", s, 70 + s, variant="k-10") for s in (2, 0))]
+    row = analysis.analyse(trials, SUITE_CONFIG)["sensitivity"]["k-10"]
+    assert row["score"] == pytest.approx([0.7, 0.72]) and row["default_score"] == pytest.approx([0.4, 0.42])
+
+
+@pytest.mark.parametrize(("scores", "inside"), [((41, 42), True), ((60, 61), False)])
+def test_trials_that_are_run_again_are_held_against_the_interval_of_the_first(
+    scores: tuple[int, int], inside: bool
+) -> None:
+    repeated = [trial(TASKS[0], "gsa", seed, score) for seed, score in zip((2, 0), scores, strict=True)]
+    trials = grid({"scratch": 20, "gsa": 40})
+    found = analysis.analyse(trials, SUITE_CONFIG, repeated)
+    (row,) = found["again"]
+    assert (row["seeds"], row["inside"]) == ([0, 2], inside)
+    assert row["score"] == pytest.approx([scores[1] / 100, scores[0] / 100])
+    assert row["first_score"] == pytest.approx([0.4, 0.42])
+    assert row["interval"] == pytest.approx([0.4, 0.42])  # of three seeds: from the lowest to the highest
+    assert analysis.goals(found, 24)["run again"]["holds"] is inside
+    assert found["measures"] == analysis.analyse(trials, SUITE_CONFIG)["measures"]
+
+
+def test_one_seed_has_no_interval_to_be_inside() -> None:
+    found = analysis.analyse(grid({"gsa": 40}, (0,)), SUITE_CONFIG, [trial(TASKS[0], "gsa", 0, 40)])["again"]
+    assert found[0]["interval"] == [None, None] and not found[0]["inside"]
+
+
 def test_goals_hold_only_for_what_is_there() -> None:
     scores = {"scratch": 20, "naive": 22, "rehearsal": 30, "random-rehearsal": 25, "gsa": 45}
-    goals = analysis.goals(analysis.analyse(grid(scores), SUITE_CONFIG), 60)
+    goals = analysis.goals(analysis.analyse(grid(scores), SUITE_CONFIG, grid({"gsa": 45})), 60)
     assert all(goal["holds"] for goal in goals.values())
     goals = analysis.goals(analysis.analyse([], SUITE_CONFIG), 60)
     assert not any(goal["holds"] for goal in goals.values())
@@ -123,7 +165,8 @@ def test_goals_hold_only_for_what_is_there() -> None:
 @pytest.mark.parametrize("scores", [{}, {"scratch": 20}, {"scratch": 20, "gsa": 40}])
 def test_a_partial_result_makes_a_page(scores: dict[str, float], tmp_path: Path) -> None:
     extra = [trial(TASKS[0], "gsa", 0, 9, variant=analysis.LARGER), trial(TASKS[0], "gsa", 0, 9, variant="k-10")]
-    found = analysis.analyse(grid(scores) + (extra if "gsa" in scores else []), SUITE_CONFIG) | {"planned": 96}
+    trials, repeated = grid(scores) + (extra if "gsa" in scores else []), grid(scores, (0,))
+    found = analysis.analyse(trials, SUITE_CONFIG, repeated) | {"planned": 96}
     report = {
         "commit": "0" * 40, "machine": {"processor": "x"}, "result": found, "goals": analysis.goals(found, 96)
     }  # fmt: skip

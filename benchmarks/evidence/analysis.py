@@ -3,12 +3,14 @@
 A trial is a result of `gsa suite run`, as plain data, with what `benchmarks.sample_efficiency` adds: "retrieval", the
 precision of what it rehearsed, "shift", how far that is from what it met, and "model_error", how well its world model
 fits what it met, its body's part of the pool and an expert. Scores are normalised by the suite's scales; 1 is the
-expert on Meta-World, and the highest return there can be on DMControl.
+expert on Meta-World, and the highest return there can be on DMControl. A trial that was run again is compared with the
+first ones, and enters nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +30,8 @@ LARGER = "larger-budget"  # the variant under which scratch may catch up
 PARTS = 5  # of a run, that guided steps are counted in
 
 
-def analyse(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
-    """All of the page's numbers."""
+def analyse(trials: Sequence[Trial], suite: SuiteConfig, repeated: Sequence[Trial] = ()) -> dict[str, Any]:
+    """All of the page's numbers. `repeated` are trials of the plan that were run again, in another folder."""
     main = comparable([t for t in trials if not t["variant"] and t["method"] in suite.methods])
     return {
         "trials": len(trials),
@@ -44,6 +46,8 @@ def analyse(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
         "others": others(trials, suite),
         "sensitivity": sensitivity(trials, suite),
         "larger_budget": larger_budget(trials, suite),
+        "again": again(trials, repeated, suite),
+        "processors": sorted({t["machine"]["processor"] for t in trials}),
         "hours": sum(t["seconds"] for t in trials) / 3600,
     }
 
@@ -174,26 +178,56 @@ def sensitivity(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
         own = _of(trials, variant=variant)
         keys = {(t["task"], t["method"], t["seed"]) for t in own}
         base = [t for t in _of(trials, variant="") if (t["task"], t["method"], t["seed"]) in keys]
+        task, method = own[0]["task"], own[0]["method"]
         found[variant] = {
-            "task": own[0]["task"],
-            **{m: [normalised(t[m], m, _scale(suite, t["task"])) for t in own] for m in MEASURES},
-            **{f"default_{m}": [normalised(t[m], m, _scale(suite, t["task"])) for t in base] for m in MEASURES},
+            "task": task,
+            **{m: runs_of(own, suite, m)[method][task] for m in MEASURES},
+            **{f"default_{m}": runs_of(base, suite, m).get(method, {}).get(task, []) for m in MEASURES},
         }
     return found
 
 
 def larger_budget(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]:
-    """The curves and final results of the methods at the larger budget."""
+    """The curves and final results of the methods at the larger budget, and when scratch catches up: is first at the
+    mean return that gsa, with the same seeds, ended with at the suite's own budget (None: not in the run)."""
     own = comparable(_of(trials, variant=LARGER))
     if not own:
         return {}
-    task = own[0]["task"]
-    return {
+    task, seeds = own[0]["task"], {t["seed"] for t in own}
+    of = curves(own, _scale(suite, task))
+    found: dict[str, Any] = {
         "task": task,
         "frames": own[0]["frames"],
-        "curves": curves(own, _scale(suite, task)),
+        "curves": of,
         "final": {measure: runs_of(own, suite, measure) for measure in MEASURES},
     }
+    base = runs_of([t for t in _of(trials, variant="", task=task, method="gsa") if t["seed"] in seeds], suite, "return")
+    if base and "scratch" in of:
+        target = float(np.mean(base["gsa"][task]))
+        frames = statistics.frames_to_reach(of["scratch"]["frames"], of["scratch"]["return"], target)
+        found["catches_up"] = {"return": target, "frames": frames}
+    return found
+
+
+def again(trials: Sequence[Trial], repeated: Sequence[Trial], suite: SuiteConfig) -> list[dict[str, Any]]:
+    """For each task and method of which trials were run again: their seeds, scores and returns, those of the first
+    trials of the same seeds, the interval of the mean score over all first trials, and whether the mean of the
+    repeated ones is inside."""
+    found = []
+    for task, method in dict.fromkeys((t["task"], t["method"]) for t in _of(repeated, variant="")):
+        new = _of(repeated, task=task, method=method, variant="")
+        first = _of(trials, task=task, method=method, variant="")
+        seeds = sorted(t["seed"] for t in new)
+        same = [t for t in first if t["seed"] in seeds]
+        row: dict[str, Any] = {"task": task, "method": method, "seeds": seeds}
+        for measure in MEASURES:
+            row[measure] = runs_of(new, suite, measure)[method][task]
+            row[f"first_{measure}"] = runs_of(same, suite, measure).get(method, {}).get(task, [])
+        of = runs_of(first, suite, "score").get(method)
+        low, high = statistics.interval(statistics.mean, of) if of else (math.nan, math.nan)
+        inside = low <= float(np.mean(row["score"])) <= high
+        found.append(row | {"interval": [_finite(low), _finite(high)], "inside": bool(inside)})
+    return found
 
 
 def goals(found: Mapping[str, Any], planned: int) -> dict[str, dict[str, Any]]:
@@ -215,6 +249,10 @@ def goals(found: Mapping[str, Any], planned: int) -> dict[str, dict[str, Any]]:
             scratch, f"{SCRATCH[0]} to {SCRATCH[1]}", scratch is not None and SCRATCH[0] <= scratch <= SCRATCH[1]
         ),
         "trials": _goal(found["trials"], f">= {planned}", found["trials"] >= planned),
+        "run again": _goal(
+            [float(np.mean(row["score"])) for row in found["again"]] or None, "inside the interval of the first trials",
+            bool(found["again"]) and all(row["inside"] for row in found["again"]),
+        ),
     }  # fmt: skip
 
 

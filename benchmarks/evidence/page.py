@@ -23,6 +23,7 @@ COLOURS = {
 }  # fmt: skip
 SETS = ("retrieved", "random", "pool")
 PLACES = ("met last", "pool", "expert")
+EACH = "Means, and each seed's in brackets."
 MEASURES = {"score": "success on Meta-World, return on DMControl", "return": "return on both"}
 
 
@@ -62,6 +63,7 @@ def page(report: Mapping[str, Any], pool: Mapping[str, Any], pilots: Mapping[str
             path, {found["larger_budget"]["task"]: found["larger_budget"]["curves"]}
         )
         parts += [_larger(found["larger_budget"]), f"![Learning curves at the larger budget.]({LARGER})"]
+    parts.append(_again(found))
     return "\n\n".join(part for part in [*parts, _pool(pool), _pilots(pilots)] if part), pictures
 
 
@@ -78,8 +80,8 @@ def _state(report: Mapping[str, Any]) -> str:
         return "**No trial of the grid is done yet.** What follows is what was measured before it."
     text = f"{done} of {planned} trials are done, {found['hours']:.1f} hours of one core"
     left = "" if done == planned else f". **The other {planned - done} are not there yet**, so the numbers may change"
-    where = f"Analysed at commit `{report['commit'][:8]}`; each trial's file names its own"
-    return f"{text}{left}. {where}. {report['machine']['processor']}."
+    where = f"Analysed at commit `{report['commit'][:8]}`; each trial's file names its own, and its machine"
+    return f"{text}{left}. {where}: {', '.join(found['processors'])}."
 
 
 def _goals(report: Mapping[str, Any]) -> str:
@@ -179,24 +181,44 @@ def _others(found: Mapping[str, Any]) -> str:
     for measures in found.get("others", {}).values():
         for method, of in measures["score"].items():
             for task, values in of.items():
-                rows.append((method, task, _mean(values), _mean(measures["return"][method][task])))
-    return "### JSRL beside GSA\n\n" + table(("method", "task", "score", "return"), rows) if rows else ""
+                rows.append((task, method, _each(values), _each(measures["return"][method][task])))
+    head = ("task", "method", "score", "return")
+    note = f"The prior acts first, then the policy. {EACH}"
+    return f"### JSRL beside GSA\n\n{note}\n\n{table(head, sorted(rows, reverse=True))}" if rows else ""
 
 
 def _sensitivity(found: Mapping[str, Any]) -> str:
     measures = ("score", "default_score", "return", "default_return")
-    rows = [(v, row["task"], *(_mean(row[m]) for m in measures)) for v, row in found.get("sensitivity", {}).items()]
-    head = ("variant", "task", "score", "default's", "return", "default's")
-    return "### Sensitivity\n\n" + table(head, rows) if rows else ""
+    of = found.get("sensitivity", {})
+    rows = [(variant, *(_each(row[m]) for m in measures)) for variant, row in of.items()]
+    head = ("variant", "score", "default's", "return", "default's")
+    tasks = ", ".join(dict.fromkeys(row["task"] for row in of.values()))
+    note = f"gsa on {tasks} with one setting changed, beside the suite's own settings with the same seeds. {EACH}"
+    return f"### Sensitivity\n\n{note}\n\n{table(head, rows)}" if rows else ""
 
 
 def _larger(found: Mapping[str, Any]) -> str:
     rows = [
-        (method, _mean(found["final"]["score"][method][found["task"]]), _mean(of[found["task"]]))
+        (method, _each(found["final"]["score"][method][found["task"]]), _each(of[found["task"]]))
         for method, of in found["final"]["return"].items()
     ]
-    head = ("method", "score", "return")
-    return f"### {found['task']} at {found['frames']:,} frames\n\n{table(head, rows)}"
+    head, note = ("method", "score", "return"), EACH
+    if row := found.get("catches_up"):
+        when = "does not reach" if row["frames"] is None else f"is at {row['frames']:,.0f} frames first at"
+        note += f" Scratch {when} the return that gsa ended with at the suite's own budget, {row['return']:.2f}."
+    return f"### {found['task']} at {found['frames']:,} frames\n\n{note}\n\n{table(head, rows)}"
+
+
+def _again(found: Mapping[str, Any]) -> str:
+    rows = []
+    for row in found.get("again", ()):
+        low, high = row["interval"]
+        interval = "—" if low is None else f"[{low:.2f}, {high:.2f}]"
+        cells = (_each(row[key]) for key in ("score", "first_score", "return", "first_return"))
+        rows.append((row["task"], row["method"], *cells, interval, "yes" if row["inside"] else "**no**"))
+    head = ("task", "method", "score", "first", "return", "first", "interval of the score", "inside")
+    note = f"Trials that were run a second time, in an empty folder, beside the first ones with the same seeds. {EACH}"
+    return f"### Run again\n\n{note}\n\n{table(head, rows)}" if rows else ""
 
 
 def _pool(pool: Mapping[str, Any]) -> str:
@@ -288,6 +310,11 @@ def _percent(row: Mapping[str, Any] | None) -> str:
 
 def _mean(values: Sequence[float] | None) -> str:
     return f"{sum(values) / len(values):.2f}" if values else "—"
+
+
+def _each(values: Sequence[float]) -> str:
+    """The mean, and what it is the mean of: seeds are too few for an interval."""
+    return f"{_mean(values)} ({', '.join(f'{v:.2f}' for v in values)})" if len(values) > 1 else _mean(values)
 
 
 def _share(value: float | None) -> str:
