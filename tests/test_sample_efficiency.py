@@ -45,6 +45,15 @@ def test_the_gain_of_twice_the_score_is_one_hundred_per_cent() -> None:
     assert found["measures"]["score"]["gsa over scratch"]["better"]["value"] == 1
 
 
+def test_the_whole_run_is_the_mean_of_its_evaluations_the_final_one_in_place_of_the_last() -> None:
+    trials = [t | ({"score": 30} if t["method"] == "gsa" else {}) for t in grid({"scratch": 20, "gsa": 40}, (0,))]
+    trials.append(trial(TASKS[0], "prior", 0, 50) | {"curve": []})  # it has no curve, and no place there
+    found = analysis.analyse(trials, SUITE_CONFIG)["whole_run"]["score"]
+    assert found["runs"]["scratch"] == {TASKS[0]: pytest.approx([0.1])} and "prior" not in found["runs"]
+    assert found["runs"]["gsa"][TASKS[0]] == pytest.approx([(0 + 0.2 + 0.3) / 3])
+    assert found["gsa over scratch"]["gain"]["value"] == pytest.approx(5 / 3 - 1)
+
+
 def test_seeds_that_a_method_lacks_are_left_out_of_all() -> None:
     trials = grid({"scratch": 20, "gsa": 40})
     found = analysis.analyse(trials[:-1], SUITE_CONFIG)  # the last task's gsa has no third seed

@@ -37,6 +37,7 @@ def analyse(trials: Sequence[Trial], suite: SuiteConfig, repeated: Sequence[Tria
         "trials": len(trials),
         "seeds": {task: sorted({t["seed"] for t in main if t["task"] == task}) for task in _in(main, "task")},
         "measures": {measure: _measure(main, suite, measure) for measure in MEASURES} if main else {},
+        "whole_run": {measure: _measure(main, suite, measure, True) for measure in MEASURES} if main else {},
         "curves": {task: curves(_of(main, task=task), _scale(suite, task)) for task in _in(main, "task")},
         "frames_to_scratch": {task: frames_to_scratch(_of(main, task=task)) for task in _in(main, "task")},
         "guided_share": guided_share(trials),
@@ -59,11 +60,15 @@ def comparable(trials: Sequence[Trial]) -> list[Trial]:
     return [t for t in trials if all((t["task"], t["seed"], method) in done for method in methods)]
 
 
-def runs_of(trials: Sequence[Trial], suite: SuiteConfig, measure: str) -> Runs:
-    """The normalised results by method and task, in the order of the seeds."""
+def runs_of(trials: Sequence[Trial], suite: SuiteConfig, measure: str, whole: bool = False) -> Runs:
+    """The normalised results by method and task, in the order of the seeds: final ones, or means over the evaluations
+    of the `whole` run, of those that have any."""
     found: Runs = {}
     for t in sorted(trials, key=lambda t: t["seed"]):
-        value = normalised(t[measure], measure, _scale(suite, t["task"]))
+        results = [row[measure] for row in _curve(t)] if whole else [t[measure]]
+        if whole and not t["curve"]:
+            continue
+        value = normalised(float(np.mean(results)), measure, _scale(suite, t["task"]))
         found.setdefault(t["method"], {}).setdefault(t["task"], []).append(value)
     return found
 
@@ -256,8 +261,8 @@ def goals(found: Mapping[str, Any], planned: int) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _measure(trials: Sequence[Trial], suite: SuiteConfig, measure: str) -> dict[str, Any]:
-    runs = runs_of(trials, suite, measure)
+def _measure(trials: Sequence[Trial], suite: SuiteConfig, measure: str, whole: bool = False) -> dict[str, Any]:
+    runs = runs_of(trials, suite, measure, whole)
     found: dict[str, Any] = {
         "runs": runs,
         "aggregate": {

@@ -49,7 +49,7 @@ def page(report: Mapping[str, Any], pool: Mapping[str, Any], pilots: Mapping[str
     pictures: dict[str, Any] = {}
     parts = [_state(report)]
     if found.get("measures"):
-        parts += [_goals(report), _aggregates(found), _tasks(found), _sooner(found)]
+        parts += [_goals(report), _aggregates(found), _tasks(found), _whole_run(found), _sooner(found)]
     if found.get("curves"):
         pictures[CURVES] = lambda path: _draw_curves(path, found["curves"])
         parts.append(f"![Learning curves of each method, a panel for each task.]({CURVES})")
@@ -93,18 +93,28 @@ def _goals(report: Mapping[str, Any]) -> str:
 
 def _aggregates(found: Mapping[str, Any]) -> str:
     parts = ["### All tasks together"]
-    for measure, what in MEASURES.items():
-        of = found["measures"][measure]
-        rows = []
-        for method, row in of["aggregate"].items():
-            against = of.get(f"{method} over scratch") or {}
-            versus = of.get(f"gsa over {method}") or {}
-            gain = "" if method != "gsa" else _percent(against.get("gain"))
-            rows.append((method, _estimate(row["mean"]), _estimate(row["iqm"]), gain, _estimate(versus.get("better"))))
-        head = ("method", "mean [95 %]", "IQM [95 %]", "gain over scratch", "probability that gsa is better")
-        parts.append(f"Normalised {what}:\n\n{table(head, rows)}")
+    parts += [f"Normalised {what}:\n\n{_aggregate(found['measures'][m])}" for m, what in MEASURES.items()]
     seeds = ", ".join(f"{task} {len(seeds)}" for task, seeds in found["seeds"].items())
     return "\n\n".join([*parts, f"Seeds that every method has: {seeds}."])
+
+
+def _whole_run(found: Mapping[str, Any]) -> str:
+    note = (
+        "The same of the mean over all evaluations of a run, its learning curve's area, instead of its end, at which a "
+        "policy may just have been lost or found. This was added when the results were known."
+    )
+    parts = [f"Normalised {what}:\n\n{_aggregate(found['whole_run'][m])}" for m, what in MEASURES.items()]
+    return "\n\n".join(["### Over the whole run", note, *parts])
+
+
+def _aggregate(of: Mapping[str, Any]) -> str:
+    rows = []
+    for method, row in of["aggregate"].items():
+        against = of.get(f"{method} over scratch") or {}
+        versus = of.get(f"gsa over {method}") or {}
+        gain = _percent(against.get("gain"))
+        rows.append((method, _estimate(row["mean"]), _estimate(row["iqm"]), gain, _estimate(versus.get("better"))))
+    return table(("method", "mean [95 %]", "IQM [95 %]", "gain over scratch", "probability that gsa is better"), rows)
 
 
 def _tasks(found: Mapping[str, Any]) -> str:
