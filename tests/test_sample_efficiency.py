@@ -127,6 +127,7 @@ def test_scratch_catches_up_where_its_longer_curve_is_at_what_gsa_ended_with() -
             trials.append(trial(TASKS[0], method, seed, score + seed, variant=analysis.LARGER))
     found = analysis.analyse(trials, SUITE_CONFIG)["larger_budget"]
     assert found["final"]["score"]["scratch"][TASKS[0]] == pytest.approx([0.8, 0.81])
+    assert found["whole_run"]["score"]["scratch"][TASKS[0]] == pytest.approx([0.4, 0.405])
     assert found["catches_up"]["return"] == pytest.approx(0.395)  # gsa's mean of seeds 0 and 1: 39 and 40
     assert found["catches_up"]["frames"] == pytest.approx(1000 * 0.395 / 0.805)
     lower = [t for t in trials if t["method"] == "gsa" or not t["variant"]]

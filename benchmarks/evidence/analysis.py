@@ -205,6 +205,7 @@ def larger_budget(trials: Sequence[Trial], suite: SuiteConfig) -> dict[str, Any]
         "frames": own[0]["frames"],
         "curves": of,
         "final": {measure: runs_of(own, suite, measure) for measure in MEASURES},
+        "whole_run": {measure: runs_of(own, suite, measure, True) for measure in MEASURES},
     }
     base = runs_of([t for t in _of(trials, variant="", task=task, method="gsa") if t["seed"] in seeds], suite, "return")
     if base and "scratch" in of:

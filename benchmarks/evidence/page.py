@@ -103,8 +103,11 @@ def _whole_run(found: Mapping[str, Any]) -> str:
         "The same of the mean over all evaluations of a run, its learning curve's area, instead of its end, at which a "
         "policy may just have been lost or found. This was added when the results were known."
     )
-    parts = [f"Normalised {what}:\n\n{_aggregate(found['whole_run'][m])}" for m, what in MEASURES.items()]
-    return "\n\n".join(["### Over the whole run", note, *parts])
+    parts = ["### Over the whole run", note]
+    for measure, what in MEASURES.items():
+        of = found["whole_run"][measure]
+        parts.append(f"Normalised {what}:\n\n{_aggregate(of)}\n\n{_by_task(of)}")
+    return "\n\n".join(parts)
 
 
 def _aggregate(of: Mapping[str, Any]) -> str:
@@ -118,13 +121,15 @@ def _aggregate(of: Mapping[str, Any]) -> str:
 
 
 def _tasks(found: Mapping[str, Any]) -> str:
-    parts = ["### Task by task"]
-    for measure, what in MEASURES.items():
-        runs = found["measures"][measure]["runs"]
-        tasks = list(dict.fromkeys(task for of in runs.values() for task in of))
-        rows = [(task, *(_mean(of.get(task)) for of in runs.values())) for task in tasks]
-        parts.append(f"Normalised {what}, mean over seeds:\n\n{table(('task', *runs), rows)}")
-    return "\n\n".join(parts)
+    parts = [f"Normalised {what}, mean over seeds:\n\n{_by_task(found['measures'][m])}" for m, what in MEASURES.items()]
+    return "\n\n".join(["### Task by task", *parts])
+
+
+def _by_task(of: Mapping[str, Any]) -> str:
+    runs = of["runs"]
+    tasks = dict.fromkeys(task for by_task in runs.values() for task in by_task)
+    rows = [(task, *(_mean(by_task.get(task)) for by_task in runs.values())) for task in tasks]
+    return table(("task", *runs), rows)
 
 
 def _sooner(found: Mapping[str, Any]) -> str:
@@ -208,15 +213,13 @@ def _sensitivity(found: Mapping[str, Any]) -> str:
 
 
 def _larger(found: Mapping[str, Any]) -> str:
-    rows = [
-        (method, _each(found["final"]["score"][method][found["task"]]), _each(of[found["task"]]))
-        for method, of in found["final"]["return"].items()
-    ]
-    head, note = ("method", "score", "return"), EACH
+    task, columns = found["task"], [found[when][m] for when in ("final", "whole_run") for m in MEASURES]
+    rows = [(method, *(_each(of[method][task]) for of in columns)) for method in columns[0]]
+    head, note = ("method", "score", "return", "score over the run", "return over the run"), EACH
     if row := found.get("catches_up"):
         when = "does not reach" if row["frames"] is None else f"is at {row['frames']:,.0f} frames first at"
         note += f" Scratch {when} the return that gsa ended with at the suite's own budget, {row['return']:.2f}."
-    return f"### {found['task']} at {found['frames']:,} frames\n\n{note}\n\n{table(head, rows)}"
+    return f"### {task} at {found['frames']:,} frames\n\n{note}\n\n{table(head, rows)}"
 
 
 def _again(found: Mapping[str, Any]) -> str:
