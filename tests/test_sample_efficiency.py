@@ -146,20 +146,31 @@ def test_trials_that_are_run_again_are_held_against_the_interval_of_the_first(
     scores: tuple[int, int], inside: bool
 ) -> None:
     repeated = [trial(TASKS[0], "gsa", seed, score) for seed, score in zip((2, 0), scores, strict=True)]
+    repeated[1]["machine"] = {"processor": "y"}
     trials = grid({"scratch": 20, "gsa": 40})
     found = analysis.analyse(trials, SUITE_CONFIG, repeated)
-    (row,) = found["again"]
-    assert (row["seeds"], row["inside"]) == ([0, 2], inside)
-    assert row["score"] == pytest.approx([scores[1] / 100, scores[0] / 100])
-    assert row["first_score"] == pytest.approx([0.4, 0.42])
-    assert row["interval"] == pytest.approx([0.4, 0.42])  # of three seeds: from the lowest to the highest
+    rows = {(row["measure"], row["whole_run"]): row for row in found["again"]}
+    assert len(rows) == 4 and all(row["seeds"] == [0, 2] and row["inside"] is inside for row in rows.values())
+    end, whole = rows["score", False], rows["score", True]
+    assert end["again"] == pytest.approx([scores[1] / 100, scores[0] / 100])
+    assert end["first"] == pytest.approx([0.4, 0.42])
+    assert end["interval"] == pytest.approx([0.4, 0.42])  # of three seeds: from the lowest to the highest
+    assert whole["interval"] == pytest.approx([0.2, 0.21])
+    assert (end["same_processor"], end["equal"]) == ([2], [])
     assert analysis.goals(found, 24)["run again"]["holds"] is inside
     assert found["measures"] == analysis.analyse(trials, SUITE_CONFIG)["measures"]
 
 
+def test_a_run_that_is_the_first_one_again_is_said_to_be_equal() -> None:
+    found = analysis.analyse(grid({"gsa": 40}), SUITE_CONFIG, grid({"gsa": 40}, (0, 2)))
+    assert all(row["equal"] == row["same_processor"] == [0, 2] for row in found["again"])
+    report = {"result": found | {"planned": 1}, "commit": "0" * 8, "goals": {}}
+    assert "both times: 0, 2; equal in every episode: 0, 2." in page.page(report, {}, {})[0]
+
+
 def test_one_seed_has_no_interval_to_be_inside() -> None:
     found = analysis.analyse(grid({"gsa": 40}, (0,)), SUITE_CONFIG, [trial(TASKS[0], "gsa", 0, 40)])["again"]
-    assert found[0]["interval"] == [None, None] and not found[0]["inside"]
+    assert all(row["interval"] == [None, None] and not row["inside"] for row in found)
 
 
 def test_goals_hold_only_for_what_is_there() -> None:

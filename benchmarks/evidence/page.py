@@ -217,8 +217,10 @@ def _larger(found: Mapping[str, Any]) -> str:
     rows = [(method, *(_each(of[method][task]) for of in columns)) for method in columns[0]]
     head, note = ("method", "score", "return", "score over the run", "return over the run"), EACH
     if row := found.get("catches_up"):
-        when = "does not reach" if row["frames"] is None else f"is at {row['frames']:,.0f} frames first at"
-        note += f" Scratch {when} the return that gsa ended with at the suite's own budget, {row['return']:.2f}."
+        when = "not by then" if row["frames"] is None else f"at {row['frames']:,.0f} frames"
+        note += (
+            f" Scratch reaches the return that gsa ended with at the suite's own budget, {row['return']:.2f}, {when}."
+        )
     return f"### {task} at {found['frames']:,} frames\n\n{note}\n\n{table(head, rows)}"
 
 
@@ -226,12 +228,20 @@ def _again(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found.get("again", ()):
         low, high = row["interval"]
+        what = f"{row['measure']}{' over the run' if row['whole_run'] else ''}"
         interval = "—" if low is None else f"[{low:.2f}, {high:.2f}]"
-        cells = (_each(row[key]) for key in ("score", "first_score", "return", "first_return"))
-        rows.append((row["task"], row["method"], *cells, interval, "yes" if row["inside"] else "**no**"))
-    head = ("task", "method", "score", "first", "return", "first", "interval of the score", "inside")
-    note = f"Trials that were run a second time, in an empty folder, beside the first ones with the same seeds. {EACH}"
-    return f"### Run again\n\n{note}\n\n{table(head, rows)}" if rows else ""
+        cells = (what, _each(row["again"]), _each(row["first"]), interval, "yes" if row["inside"] else "**no**")
+        rows.append((f"{row['task']} {row['method']}", *cells))
+    head = ("task and method", "", "again", "first", "interval of the first's mean", "inside")
+    notes = [
+        f"Trials that were run a second time, in an empty folder, beside the first ones with the same seeds. {EACH}"
+    ]
+    for row in found.get("again", ())[:: 2 * len(MEASURES)]:
+        same, equal = (", ".join(map(str, row[key])) or "none" for key in ("same_processor", "equal"))
+        notes.append(
+            f"{row['method']}: on the same kind of processor both times: {same}; equal in every episode: {equal}."
+        )
+    return f"### Run again\n\n{' '.join(notes)}\n\n{table(head, rows)}" if rows else ""
 
 
 def _pool(pool: Mapping[str, Any]) -> str:
