@@ -162,10 +162,18 @@ def test_trials_that_are_run_again_are_held_against_the_interval_of_the_first(
 
 
 def test_a_run_that_is_the_first_one_again_is_said_to_be_equal() -> None:
-    found = analysis.analyse(grid({"gsa": 40}), SUITE_CONFIG, grid({"gsa": 40}, (0, 2)))
+    first, repeated = grid({"gsa": 40}), grid({"gsa": 40}, (0, 2))
+    for prior in (t | {"method": "prior", "curve": []} for t in grid({"gsa": 9})):  # it has no curve
+        first.append(prior)
+        repeated.append(prior)
+    found = analysis.analyse(first, SUITE_CONFIG, [t for t in repeated if t["seed"] != 1])
+    assert [row["whole_run"] for row in found["again"] if row["method"] == "prior"] == [False] * 2 * len(TASKS)
     assert all(row["equal"] == row["same_processor"] == [0, 2] for row in found["again"])
     report = {"result": found | {"planned": 1}, "commit": "0" * 8, "goals": {}}
-    assert "both times: 0, 2; equal in every episode: 0, 2." in page.page(report, {}, {})[0]
+    assert (
+        f"{TASKS[0]} gsa: on the same kind of processor both times: 0, 2; equal in every episode: 0, 2."
+        in page.page(report, {}, {})[0]
+    )
 
 
 def test_one_seed_has_no_interval_to_be_inside() -> None:

@@ -238,11 +238,13 @@ def again(trials: Sequence[Trial], repeated: Sequence[Trial], suite: SuiteConfig
             values, of_same, of_first = (
                 runs_of(those, suite, measure, whole).get(method, {}).get(task, []) for those in (new, same, first)
             )
+            if not values:  # the prior alone has no curve
+                continue
             low, high = statistics.interval(statistics.mean, {task: of_first}) if of_first else (math.nan, math.nan)
             found.append({
                 **about, "measure": measure, "whole_run": whole,
                 "again": values, "first": of_same, "interval": [_finite(low), _finite(high)],
-                "inside": bool(values) and low <= float(np.mean(values)) <= high,
+                "inside": low <= float(np.mean(values)) <= high,
             })  # fmt: skip
     return found
 

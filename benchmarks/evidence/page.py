@@ -236,11 +236,9 @@ def _again(found: Mapping[str, Any]) -> str:
     notes = [
         f"Trials that were run a second time, in an empty folder, beside the first ones with the same seeds. {EACH}"
     ]
-    for row in found.get("again", ())[:: 2 * len(MEASURES)]:
+    for name, row in {f"{row['task']} {row['method']}": row for row in found.get("again", ())}.items():
         same, equal = (", ".join(map(str, row[key])) or "none" for key in ("same_processor", "equal"))
-        notes.append(
-            f"{row['method']}: on the same kind of processor both times: {same}; equal in every episode: {equal}."
-        )
+        notes.append(f"{name}: on the same kind of processor both times: {same}; equal in every episode: {equal}.")
     return f"### Run again\n\n{' '.join(notes)}\n\n{table(head, rows)}" if rows else ""
 
 
