@@ -65,10 +65,10 @@ def runs_of(trials: Sequence[Trial], suite: SuiteConfig, measure: str, whole: bo
     of the `whole` run, of those that have any."""
     found: Runs = {}
     for t in sorted(trials, key=lambda t: t["seed"]):
-        results = [row[measure] for row in _curve(t)] if whole else [t[measure]]
         if whole and not t["curve"]:
             continue
-        value = normalised(float(np.mean(results)), measure, _scale(suite, t["task"]))
+        result = float(np.mean([row[measure] for row in _curve(t)])) if whole else t[measure]
+        value = normalised(result, measure, _scale(suite, t["task"]))
         found.setdefault(t["method"], {}).setdefault(t["task"], []).append(value)
     return found
 
